@@ -1,0 +1,65 @@
+"""The typer application, and what happens to errors."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from sda_fast import __version__
+from sda_fast.errors import SdaError
+
+app = typer.Typer(
+    name="sda-fast",
+    help="Diffusion-driven test-time adaptation: Synthetic-Domain Alignment and its kin.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sda-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def say(result: Mapping[str, Any], as_json: bool, text: str) -> None:
+    """Print a command's result: as one JSON object, or as a sentence."""
+    typer.echo(json.dumps(result, indent=2) if as_json else text)
+
+
+def run() -> None:
+    """Run the application: a user's mistake is one sentence and exit code 2, an interruption exit code 130."""
+    import sda_fast.cli.commands  # noqa: F401  (registers the commands)
+
+    try:
+        app()
+    except SdaError as error:
+        if "--debug" in sys.argv:
+            raise
+        text = str(error)
+        print(f"sda-fast: {text if text.endswith('.') else text + '.'}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("sda-fast: interrupted; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away; so do we, without a word. Python would flush again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,287 @@
+"""The commands. Heavy imports wait until a command runs, so that --help answers at once."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sda_fast.cli.app import Json, app, say
+from sda_fast.errors import SdaError
+
+Input = Annotated[Path, typer.Option("--input", "-i", help="Folder of images.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; resumed if it exists.")]
+Device = Annotated[str, typer.Option(help='Torch device, such as "cpu" or "cuda".')]
+Workers = Annotated[int, typer.Option(help="Processes on this machine; results do not depend on it.")]
+Seed = Annotated[int, typer.Option(help="Key of all noise.")]
+BatchSize = Annotated[int, typer.Option(help="Images per network pass; changes last bits only.")]
+Preset = Annotated[str | None, typer.Option(help="How published weights are built, such as imagenet256.")]
+_CORES = os.cpu_count() or 1
+
+
+def _check_device(device: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SdaError(f"--device {device} cannot be used on this machine ({str(error).splitlines()[0]})") from error
+    return device
+
+
+@app.command()
+def synthesize(
+    output: Output,
+    dit: Annotated[str, typer.Option(help='DiT weights: a file, or "photos:dit".')],
+    per_class: Annotated[int, typer.Option(help="Images of every class.")] = 50,
+    classes: Annotated[Path | None, typer.Option(help="Class names, one per line, in the model's order.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Make this class alone; may be repeated.")] = None,
+    respacing: Annotated[str, typer.Option(help="Sampling steps out of 1000.")] = "250",
+    cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1.0 is none.")] = 1.0,
+    clip: Annotated[bool, typer.Option("--clip", help="Clamp x_0 at every step (models of pixels).")] = False,
+    batch_size: BatchSize = 10,
+    seed: Seed = 0,
+    preset: Preset = None,
+    device: Device = "cpu",
+    workers: Workers = 1,
+    as_json: Json = False,
+) -> None:
+    """Make labelled images with the class-conditional model, one folder per class."""
+    from sda_fast.data import read_classes
+    from sda_fast.stages.synthesize import SynthesizeSettings
+    from sda_fast.stages.synthesize import synthesize as stage
+    from sda_fast.weights import weights_path
+
+    result = stage(
+        output,
+        weights_path(dit),
+        per_class,
+        read_classes(classes) if classes else None,
+        only or None,
+        SynthesizeSettings(respacing, cfg_scale, clip, batch_size, seed),
+        preset=preset,
+        device=_check_device(device),
+        workers=workers,
+    )
+    say(result, as_json, f"{result['images']} images in {output} ({result['synthesized']} made now).")
+
+
+@app.command()
+def align(
+    input: Input,
+    output: Output,
+    adm: Annotated[str, typer.Option(help='ADM weights: a file, or "photos:adm".')],
+    projection: Annotated[str, typer.Option(help="dda (SDA's and DDA's, guided) or diffpure.")] = "dda",
+    respacing: Annotated[str | None, typer.Option(help="Steps out of 1000 [dda: 100, diffpure: 1000].")] = None,
+    start: Annotated[int | None, typer.Option(help="N, the steps taken [dda: 50, diffpure: 150].")] = None,
+    factor: Annotated[int, typer.Option(help="D, the low-pass filter's reduction.")] = 4,
+    scale: Annotated[float, typer.Option(help="w, the strength of the guidance.")] = 6.0,
+    norm: Annotated[str, typer.Option(help="image (each by itself) or batch (as published).")] = "image",
+    norm_group: Annotated[int, typer.Option(help="Images of a published batch: 10 in SDA, 4 in DDA.")] = 10,
+    engine: Annotated[str, typer.Option(help="How the network runs: eager.")] = "eager",
+    precision: Annotated[str, typer.Option(help="fp32.")] = "fp32",
+    batch_size: BatchSize = 10,
+    seed: Seed = 0,
+    preset: Preset = None,
+    device: Device = "cpu",
+    workers: Workers = 1,
+    as_json: Json = False,
+) -> None:
+    """Project every image of a folder onto the diffusion model's domain: synthetic ones and target ones alike."""
+    from sda_fast.stages.align import AlignSettings
+    from sda_fast.stages.align import align as stage
+    from sda_fast.stages.config import build
+    from sda_fast.weights import weights_path
+
+    names = ("projection", "respacing", "start", "factor", "scale", "norm", "norm_group", "engine", "precision")
+    values = {name: value for name in (*names, "batch_size", "seed") if (value := locals()[name]) is not None}
+    settings = build(AlignSettings, values, "options of align")
+    result = stage(
+        input, output, weights_path(adm), settings, preset=preset, device=_check_device(device), workers=workers
+    )
+    say(result, as_json, f"{result['images']} images in {output} ({result['projected']} projected now).")
+
+
+@app.command()
+def finetune(
+    input: Input,
+    output: Output,
+    model: Annotated[str, typer.Option(help='Classifier: a file, or "photos:resnet".')],
+    recipe: Annotated[str | None, typer.Option(help="resnet, transformer or photos [by architecture].")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Adapt a classifier to aligned synthetic images; writes OUTPUT/model.safetensors."""
+    from sda_fast.stages.finetune import finetune as stage
+    from sda_fast.weights import weights_path
+
+    result = stage(input, output, weights_path(model), recipe, seed=seed, device=_check_device(device))
+    say(result, as_json, f"{result['output']}: {result['epochs']} epochs of {result['images']} images.")
+
+
+@app.command()
+def evaluate(
+    input: Input,
+    output: Output,
+    model: Annotated[str, typer.Option(help='Source classifier: a file, or "photos:resnet".')],
+    finetuned: Annotated[str | None, typer.Option(help="The classifier that finetune wrote.")] = None,
+    projection: Annotated[
+        list[str] | None, typer.Option(help="KIND=FOLDER, KIND being dda or diffpure; may be repeated.")
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Method to score [all that can be]; repeatable.")] = None,
+    ensemble: Annotated[str, typer.Option(help="How original and projection are combined.")] = "sum",
+    batch_size: BatchSize = 64,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Score methods on labelled images and their projections; prints a table with 95 % intervals."""
+    from sda_fast.report import accuracy_table, to_text
+    from sda_fast.stages.evaluate import evaluate as stage
+    from sda_fast.weights import weights_path
+
+    folders = dict(_kind_and_folder(item) for item in projection or [])
+    rows = stage(
+        input,
+        output,
+        weights_path(model),
+        weights_path(finetuned) if finetuned else None,
+        folders,
+        method or None,
+        mode=ensemble,
+        batch_size=batch_size,
+        device=_check_device(device),
+    )
+    say({"rows": rows}, as_json, "" if as_json else to_text(accuracy_table(rows, layout="tall")))
+
+
+def _kind_and_folder(item: str) -> tuple[str, Path]:
+    kind, _, folder = item.partition("=")
+    if kind not in ("dda", "diffpure") or not folder:
+        raise SdaError(f"--projection {item} is not of the form dda=FOLDER or diffpure=FOLDER")
+    return kind, Path(folder)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="TOML file; docs/cli.md shows one.")],
+    as_json: Json = False,
+) -> None:
+    """All stages from one TOML file, and a report. The same call goes on after an interruption."""
+    from sda_fast.report.run import write_run_report
+    from sda_fast.stages.config import read_config
+    from sda_fast.stages.pipeline import run as pipeline
+
+    settings = read_config(config)
+    result = pipeline(settings, log=_announce)
+    text, files = write_run_report(settings.output, result, command=f"sda-fast run {config}")
+    say({"rows": result["rows"], "files": files}, as_json, text + "\n\n" + _listing(files))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("runs/demo"),
+    full: Annotated[bool, typer.Option("--full", help="All 1400 test patches under every corruption (hours).")] = False,
+    per_class: Annotated[int | None, typer.Option(help="Test patches of every class and corruption.")] = None,
+    workers: Workers = _CORES,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Both stages of SDA on the photographs testbed with the weights that ship with the package."""
+    from sda_fast.photos.demo import FULL, SMALL, demo_config
+    from sda_fast.photos.testbed import write_testbed
+    from sda_fast.report.run import write_run_report
+    from sda_fast.stages.pipeline import run as pipeline
+
+    size = {**(FULL if full else SMALL), **({} if per_class is None else {"per_class": per_class})}
+    settings = demo_config(
+        output,
+        synthetic=size["synthetic"],
+        ablation=bool(size["ablation"]),
+        workers=workers,
+        device=_check_device(device),
+    )
+    _announce("test patches")
+    write_testbed(settings.target, size["per_class"])
+    result = pipeline(settings, log=_announce)
+    command = f"sda-fast demo{' --full' if full else ''}{'' if per_class is None else f' --per-class {per_class}'}"
+    text, files = write_run_report(output, result, command=command)
+    say({"rows": result["rows"], "files": files}, as_json, text + "\n\n" + _listing(files))
+
+
+def _announce(stage: str) -> None:
+    typer.echo(f"== {stage}", err=True)
+
+
+def _listing(files: dict[str, str]) -> str:
+    return "\n".join(f"{name:>8}  {path}" for name, path in files.items())
+
+
+@app.command()
+def photos(
+    output: Output,
+    per_class: Annotated[int, typer.Option(help="Test patches of every class, at most 100.")] = 100,
+    severity: Annotated[int, typer.Option(help="1 to 5.")] = 2,
+    corruption: Annotated[list[str] | None, typer.Option(help="One of the fifteen [all]; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the testbed's test patches, clean and corrupted, as folders laid out like ImageNet-C."""
+    from sda_fast.data import CORRUPTIONS
+    from sda_fast.photos.testbed import write_testbed
+
+    result = write_testbed(output, per_class, corruption or CORRUPTIONS, severity)
+    say(result, as_json, f"{result['images']} patches in {output}.")
+
+
+@app.command("train-photos")
+def train_photos(
+    output: Output = Path("runs/photos-weights"),
+    model: Annotated[list[str] | None, typer.Option(help="adm, dit, resnet or convnext [all]; repeatable.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps [4000, 5000, 3000, 3000].")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Threads of this process [all cores].")] = None,
+) -> None:
+    """Train the testbed's models on its training patches, as the shipped ones were."""
+    import torch
+
+    from sda_fast.photos.train import MODELS, STEPS, train_model
+
+    if threads:
+        torch.set_num_threads(threads)
+    for name in model or MODELS:
+        if name not in MODELS:
+            raise SdaError(f"--model {name} is not known; choose from {', '.join(MODELS)}")
+        path = train_model(name, output, steps=steps or STEPS[name], seed=seed, device=_check_device(device))
+        typer.echo(str(path))
+
+
+@app.command()
+def bench(
+    preset: Annotated[str, typer.Option(help="photos (the shipped ADM on 32x32 patches).")] = "photos",
+    images: Annotated[int, typer.Option(help="Images per projection.")] = 10,
+    repeats: Annotated[int, typer.Option(help="Measurements of each, in turn.")] = 3,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Time a projection against the published algorithm in one run, parity first."""
+    from sda_fast.bench import bench_projection
+
+    row = bench_projection(preset, images, repeats, _check_device(device))
+    reference, ours = row["reference_seconds_per_image"], row["seconds_per_image"]
+    say(
+        row,
+        as_json,
+        f"published algorithm {reference:.3f} s/image, Projector {ours:.3f} s/image: {row['speedup']:.2f}x "
+        f"(parity: mean difference {row['parity_mean_abs']:.1e})",
+    )
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say which parts of the package work on this machine, and what would make the others work."""
+    from sda_fast.doctor import diagnose
+
+    findings = diagnose()
+    lines = [f"{'ok ' if f['works'] else 'no '} {f['part']:<22} {f['detail']}" for f in findings]
+    say({"findings": findings}, as_json, "\n".join(lines))

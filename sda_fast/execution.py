@@ -1,0 +1,83 @@
+"""How a set of images becomes fixed-size batches, and where each image's noise comes from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sda_fast.errors import SdaError
+from sda_fast.ops import philox_normal
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`real` images from `start` on, filled up to `size` by repeating the last: convolutions round differently at
+    different batch sizes, so every batch of a run has the same one."""
+
+    start: int
+    real: int
+    size: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """The batch of x [N, ...], padded: [size, ...]."""
+        part = x[self.start : self.start + self.real]
+        if self.real == self.size:
+            return part
+        return torch.cat([part, part[-1:].expand(self.size - self.real, *part.shape[1:])])
+
+
+def batches(n: int, size: int | None) -> list[Batch]:
+    """[0, n) in batches of `size`, the last one padded; one batch of all if `size` is None."""
+    if n == 0:
+        return []
+    if size is None:
+        return [Batch(0, n, n)]
+    return [Batch(start, min(size, n - start), size) for start in range(0, n, size)]
+
+
+class Noise:
+    """Standard normal noise by image and step: counter-based from `seed` and identities, or given explicitly.
+
+    identities: one integer per image (any 64 bits), the only thing beside `seed`, step and element that its noise
+    depends on. given: [steps, N, C, H, W] instead, `given[0]` the forward noise, `given[k]` that of reverse step k.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        seed: int,
+        identities: Sequence[int] | Tensor | None,
+        given: Tensor | None,
+        steps: int,
+    ):
+        n = len(images)
+        if given is not None:
+            if identities is not None:
+                raise SdaError("give either noise or seeds, not both")
+            if tuple(given.shape) != (steps, *images.shape):
+                raise SdaError(f"noise has shape {list(given.shape)}; it must be {[steps, *images.shape]}")
+            given = given.to(images)
+        ids = torch.as_tensor(range(n) if identities is None else identities, dtype=torch.int64)
+        if tuple(ids.shape) != (n,):
+            raise SdaError(f"seeds must hold one integer for each of the {n} images, not shape {list(ids.shape)}")
+        self._given, self._ids, self._seed = given, ids.to(images.device), seed
+
+    def __call__(self, batch: Batch, step: int, like: Tensor) -> Tensor:
+        """Noise of a batch at a step: float32 [batch.size, C, H, W] on the device of `like`."""
+        if self._given is not None:
+            return batch.take(self._given[step])
+        identities = batch.take(self._ids)
+        return philox_normal(like.shape, seed=self._seed, identities=identities, step=step, device=like.device)
+
+
+def check_images(images: Tensor, channels: int, size: int) -> Tensor:
+    """Images as float32, or SdaError if they are not [N, channels, size, size] of finite values."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or tuple(images.shape[1:]) != (channels, size, size):
+        shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise SdaError(f"images must be [N, {channels}, {size}, {size}] in [-1, 1], not {shape}; crop or resize them")
+    if not images.is_floating_point():
+        raise SdaError(f"images must be floating point in [-1, 1], not {images.dtype}; use x / 127.5 - 1")
+    if not bool(images.isfinite().all()):
+        raise SdaError("images hold NaN or infinity; check what made them")
+    return images.float()

@@ -1,0 +1,221 @@
+"""ADM, the ablated diffusion UNet (Dhariwal & Nichol 2021), with the state_dict keys of the published checkpoints."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sda_fast.models.embedding import timestep_embedding
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels)
+
+
+def _zero(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour by two, then a 3x3 convolution if `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride two if `use_conv`, else a 2x2 mean."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around the timestep embedding; `resample` (up, down or none) sits before the first."""
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        out_channels: int,
+        dropout: float,
+        use_scale_shift_norm: bool,
+        resample: type[Upsample] | type[Downsample] | None = None,
+    ):
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.resample = None if resample is None else resample(channels, use_conv=False)
+        self.in_layers = nn.Sequential(_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        emb_out = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
+        self.out_layers = nn.Sequential(
+            _norm(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        # x [N, C, H, W], emb [N, E] -> [N, out, H', W']
+        norm, act, conv = self.in_layers
+        h = act(norm(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv(h)
+        emb_out = self.emb_layers(emb)[:, :, None, None].to(h.dtype)
+        norm, act, dropout, conv = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = emb_out.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + emb_out)
+        return self.skip_connection(x) + conv(dropout(act(h)))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all pixels. The published checkpoints keep q, k, v of a head together ("legacy" order)."""
+
+    def __init__(self, channels: int, num_heads: int, use_new_attention_order: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.use_new_attention_order = use_new_attention_order
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        x = x.reshape(n, c, height * width)
+        qkv = self.qkv(self.norm(x))  # [N, 3C, T]
+        if self.use_new_attention_order:
+            q, k, v = qkv.reshape(n, 3, self.num_heads, -1, height * width).transpose(-1, -2).unbind(1)
+        else:
+            q, k, v = qkv.reshape(n, self.num_heads, 3, -1, height * width).transpose(-1, -2).unbind(2)
+        h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())  # [N, heads, T, C/heads]
+        h = h.transpose(-1, -2).reshape(n, c, height * width)
+        return (x + self.proj_out(h)).reshape(n, c, height, width)
+
+
+class Block(nn.Sequential):
+    """A sequence whose residual blocks also take the timestep embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # one argument more
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class ADM(nn.Module):
+    """The UNet of guided-diffusion; predicts the noise and, where `out_channels` is twice `in_channels`, a variance.
+
+    Arguments carry the names of the original. `attention_resolutions` holds downsampling factors (32, 16, 8 for
+    the 256x256 model: 256/8, 256/16, 256/32), `num_head_channels=-1` means that `num_heads` counts.
+    """
+
+    config: dict[str, Any]
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int = 3,
+        model_channels: int = 256,
+        out_channels: int = 6,
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (8, 16, 32),
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 1, 2, 2, 4, 4),
+        conv_resample: bool = True,
+        num_classes: int | None = None,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = True,
+        resblock_updown: bool = True,
+        use_new_attention_order: bool = False,
+    ):
+        super().__init__()
+        self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
+        self.model_channels, self.num_classes = model_channels, num_classes
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        emb_channels = 4 * model_channels
+
+        def res(channels: int, out: int, resample: type[Upsample] | type[Downsample] | None = None) -> ResBlock:
+            return ResBlock(channels, emb_channels, out, dropout, use_scale_shift_norm, resample)
+
+        def attention(channels: int, heads: int) -> AttentionBlock:
+            heads = heads if num_head_channels == -1 else channels // num_head_channels
+            return AttentionBlock(channels, heads, use_new_attention_order)
+
+        def resize(channels: int, kind: type[Upsample] | type[Downsample]) -> nn.Module:
+            return res(channels, channels, kind) if resblock_updown else kind(channels, conv_resample)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+
+        channels = first = int(channel_mult[0] * model_channels)
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        skips, factor = [channels], 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [res(channels, int(mult * model_channels))]
+                channels = int(mult * model_channels)
+                if factor in attention_resolutions:
+                    layers.append(attention(channels, num_heads))
+                self.input_blocks.append(Block(*layers))
+                skips.append(channels)
+            if level != len(channel_mult) - 1:
+                self.input_blocks.append(Block(resize(channels, Downsample)))
+                skips.append(channels)
+                factor *= 2
+
+        self.middle_block = Block(res(channels, channels), attention(channels, num_heads), res(channels, channels))
+
+        self.output_blocks = nn.ModuleList([])
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [res(channels + skips.pop(), int(mult * model_channels))]
+                channels = int(mult * model_channels)
+                if factor in attention_resolutions:
+                    layers.append(attention(channels, heads_up))
+                if level and i == num_res_blocks:
+                    layers.append(resize(channels, Upsample))
+                    factor //= 2
+                self.output_blocks.append(Block(*layers))
+
+        self.out = nn.Sequential(_norm(channels), nn.SiLU(), _zero(nn.Conv2d(first, out_channels, 3, padding=1)))
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """x [N, in_channels, H, W] in about [-1, 1] plus noise, timesteps [N] of the original 1000, y int64 [N] labels.
+
+        Returns [N, out_channels, H, W]: the predicted noise, then the variance channels in [-1, 1] where learned.
+        """
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
+        if self.num_classes is not None:
+            if y is None:
+                raise ValueError(f"this ADM is class-conditional: pass y, int64 labels below {self.num_classes}")
+            emb = emb + self.label_emb(y)
+        h, skips = x, []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h)

@@ -1,0 +1,158 @@
+"""Projections onto the diffusion model's own domain: DDA's guided one (also SDA's) and DiffPure's plain one."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sda_fast.diffusion import LowPass, Schedule
+from sda_fast.diffusion.guidance import Norm, guided_step
+from sda_fast.diffusion.samplers import ancestral_step, q_sample
+from sda_fast.errors import SdaError
+from sda_fast.execution import Batch, Noise, batches, check_images
+from sda_fast.models.adm import ADM
+
+
+class Projection(Protocol):
+    """Images [N, 3, H, W] in [-1, 1] to their projections, the same shape and range up to small excess."""
+
+    def __call__(
+        self, images: Tensor, noise: Tensor | None = None, seeds: Sequence[int] | Tensor | None = None
+    ) -> Tensor: ...
+
+
+class _Reverse:
+    """What both projections share: noise the images, then take reverse steps in batches of one fixed size."""
+
+    def __init__(self, adm: ADM, schedule: Schedule, start: int, noise_index: int, batch_size: int | None, seed: int):
+        if not 1 <= start <= len(schedule):
+            raise SdaError(f"start={start} is out of range: respacing {schedule.respacing!r} has {len(schedule)} steps")
+        if not 0 <= noise_index < len(schedule):
+            raise SdaError(
+                f"start={start} is out of range: images are noised at index {noise_index}, "
+                f"and the last one of respacing {schedule.respacing!r} is {len(schedule) - 1}"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise SdaError(f"batch_size={batch_size} is out of range: give at least 1")
+        if adm.num_classes is not None:
+            raise SdaError("this ADM is class-conditional; projections need an unconditional one")
+        self.adm, self.schedule, self.start, self.noise_index = adm, schedule, start, noise_index
+        self.batch_size, self.seed = batch_size, seed
+
+    def _step(self, i: int, batch: Batch, x: Tensor, images: Tensor, noise: Tensor) -> Tensor:
+        raise NotImplementedError  # the subclasses' one method
+
+    def steps(
+        self, images: Tensor, noise: Tensor | None = None, seeds: Sequence[int] | Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Yield x, float32 [N, 3, H, W], after every reverse step; arguments as `__call__`."""
+        images = check_images(images, self.adm.in_channels, self.adm.image_size)
+        source = Noise(images, self.seed, seeds, noise, self.start + 1)
+        parts = batches(len(images), self.batch_size)
+        if not parts:
+            yield images
+            return
+        references = [part.take(images) for part in parts]
+        with torch.no_grad():
+            xs = [
+                q_sample(self.schedule, self.noise_index, reference, source(part, 0, reference))
+                for part, reference in zip(parts, references, strict=True)
+            ]
+            for k, i in enumerate(reversed(range(self.start)), 1):
+                for j, (part, reference) in enumerate(zip(parts, references, strict=True)):
+                    xs[j] = self._step(i, part, xs[j], reference, source(part, k, reference))
+                yield torch.cat([x[: part.real] for x, part in zip(xs, parts, strict=True)])
+
+    def __call__(
+        self, images: Tensor, noise: Tensor | None = None, seeds: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
+        """Project images [N, 3, H, W] in [-1, 1]; returns the same shape, float32.
+
+        seeds: one integer per image, its identity in the counter-based noise (default 0, 1, ...). noise: explicit
+        standard normal noise [start + 1, N, 3, H, W] instead; [0] noises the image, [k] is of reverse step k.
+        Raises SdaError for images of another shape, integer or non-finite ones, and noise or seeds that do not fit.
+        """
+        x = images
+        for x in self.steps(images, noise, seeds):  # noqa: B007  (the last one is the result)
+            pass
+        return x
+
+
+class Projector(_Reverse):
+    """The alignment of SDA and the projection of DDA: noise to index `start`, denoise under low-pass guidance.
+
+    respacing, start (N), factor (D), scale (w): the published "100", 50, 4, 6.0. norm: "image" divides the guidance
+    by sqrt(norm_group) times each image's own norm; "batch" by the joint norm of consecutive groups of `norm_group`
+    images, as published (10 for SDA, 4 for DDA), where a last group may be smaller. batch_size: how many images a
+    network pass takes, the last batch padded; None takes all at once. As published, images are noised at index N
+    and the first reverse step is told N - 1.
+
+    Gao et al. 2023, algorithm 1. Raises SdaError for settings out of range.
+    """
+
+    def __init__(
+        self,
+        adm: ADM,
+        respacing: str = "100",
+        start: int = 50,
+        factor: int = 4,
+        scale: float = 6.0,
+        norm: Norm = "image",
+        norm_group: int = 10,
+        engine: str = "eager",
+        precision: str = "fp32",
+        batch_size: int | None = None,
+        seed: int = 0,
+    ):
+        if engine != "eager":
+            raise SdaError(f'engine {engine!r} is not known; this version has "eager"')
+        if precision != "fp32":
+            raise SdaError(f'precision {precision!r} is not known to the eager engine; it has "fp32"')
+        if norm not in ("image", "batch"):
+            raise SdaError(f'norm {norm!r} is not known; choose "image" or "batch"')
+        if norm_group < 1:
+            raise SdaError(f"norm_group={norm_group} is out of range: give at least 1")
+        if norm == "batch" and batch_size is not None and batch_size % norm_group:
+            raise SdaError(
+                f'batch_size={batch_size} would cut a norm group of {norm_group}: norm="batch" takes multiples of it'
+            )
+        super().__init__(adm, Schedule.linear(respacing), start, start, batch_size, seed)
+        self.lowpass = LowPass(adm.image_size, factor)
+        self.scale, self.norm, self.norm_group = scale, norm, norm_group
+
+    def _step(self, i: int, batch: Batch, x: Tensor, images: Tensor, noise: Tensor) -> Tensor:
+        return guided_step(
+            self.adm,
+            self.schedule,
+            self.lowpass,
+            i,
+            x,
+            self.lowpass.down(images),
+            noise,
+            self.scale,
+            self.norm,
+            self.norm_group,
+            batch.real,
+        )
+
+
+class Purifier(_Reverse):
+    """DiffPure's projection by ancestral sampling: noise to step `start` of 1000 (t* = 150), denoise without guidance.
+
+    Nie et al. 2022, equations 2 and 4 in discrete time, x_0 clamped to [-1, 1] at every step. As in the original,
+    images are noised at index start - 1, the index the first reverse step is told.
+    """
+
+    def __init__(
+        self,
+        adm: ADM,
+        start: int = 150,
+        respacing: str = "1000",
+        batch_size: int | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(adm, Schedule.linear(respacing), start, start - 1, batch_size, seed)
+
+    def _step(self, i: int, batch: Batch, x: Tensor, images: Tensor, noise: Tensor) -> Tensor:
+        return ancestral_step(self.adm, self.schedule, i, x, noise, clip=True)

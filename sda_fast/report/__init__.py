@@ -1,0 +1,38 @@
+"""Evaluation results as tables, statistics, pictures and one self-contained HTML file. Imports no torch."""
+
+from sda_fast.report.html import write_report
+from sda_fast.report.pictures import accuracy_bars, picture_grid
+from sda_fast.report.statistics import (
+    MeanAccuracy,
+    PairedTest,
+    Row,
+    make_row,
+    mcnemar,
+    mean_interval,
+    paired_over_corruptions,
+    wilson_interval,
+)
+from sda_fast.report.tables import Cell, Table, accuracy_table, comparison_table
+from sda_fast.report.writers import to_csv, to_markdown, to_text, write_tables
+
+__all__ = [
+    "Cell",
+    "MeanAccuracy",
+    "PairedTest",
+    "Row",
+    "Table",
+    "accuracy_bars",
+    "accuracy_table",
+    "comparison_table",
+    "make_row",
+    "mcnemar",
+    "mean_interval",
+    "paired_over_corruptions",
+    "picture_grid",
+    "to_csv",
+    "to_markdown",
+    "to_text",
+    "wilson_interval",
+    "write_report",
+    "write_tables",
+]

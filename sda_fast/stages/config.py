@@ -1,0 +1,123 @@
+"""The TOML file of `sda-fast run`: every stage's settings in one place, each key checked."""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from sda_fast.errors import SdaError
+from sda_fast.stages.align import AlignSettings
+from sda_fast.stages.synthesize import SynthesizeSettings
+
+
+@dataclass(frozen=True)
+class SynthesizeConfig(SynthesizeSettings):
+    """Settings of the synthesis, and how many images per class it makes."""
+
+    per_class: int = 50
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """recipe: one of `RECIPES`, by default the paper's for the architecture."""
+
+    recipe: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """methods: in the order of the table; ablation: also fine-tune on images that were not aligned (paper, table 4)."""
+
+    methods: tuple[str, ...] = ("source", "diffpure", "dda", "sda")
+    mode: str = "sum"
+    batch_size: int = 64
+    ablation: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of SDA on one target folder.
+
+    output: folder of everything the run makes. target: the images to adapt to, `[<corruption>/[<severity>/]]<class>/`.
+    adm, dit: weights, a path or "photos:NAME"; classifiers: weights by the name used in tables. adm_preset and
+    dit_preset: for weights that do not say how they are built.
+    """
+
+    output: str
+    target: str
+    adm: str
+    dit: str
+    classifiers: dict[str, str]
+    adm_preset: str | None = None
+    dit_preset: str | None = None
+    device: str = "cpu"
+    workers: int = 1
+    synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
+    align: AlignSettings = field(default_factory=AlignSettings)
+    diffpure: AlignSettings = field(default_factory=lambda: AlignSettings(projection="diffpure"))
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def read_config(path: str | Path) -> RunConfig:
+    """The settings in a TOML file. Raises SdaError if it is missing, no TOML, or holds a key or value that is wrong."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SdaError(f"{path} cannot be read ({error.strerror}): give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SdaError(f"{path} is not TOML ({error}): mend it there") from error
+    if "diffpure" in values and isinstance(values["diffpure"], dict):
+        values["diffpure"].setdefault("projection", "diffpure")
+    return build(RunConfig, values, str(path))
+
+
+def build(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    """A settings dataclass from plain values; SdaError names the first unknown, missing or mistyped key."""
+    hints = get_type_hints(kind)
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise SdaError(f"{where}: unknown key {key!r}; {hint}")
+        hint_type = hints[key]
+        if isinstance(hint_type, type) and dataclasses.is_dataclass(hint_type):
+            if not isinstance(value, dict):
+                raise SdaError(f"{where}: {key} must be a table of settings, not {value!r}")
+            arguments[key] = build(hint_type, value, f"{where}, [{key}]")
+        else:
+            arguments[key] = _checked(key, value, hint_type, where)
+    missing = [
+        name
+        for name, f in known.items()
+        if name not in arguments and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise SdaError(f"{where}: key {missing[0]!r} is missing; add it")
+    return kind(**arguments)
+
+
+def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
+    """The value, lists turned into tuples and integers into floats, if it is of the type the field has."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for option in options:
+        origin = get_origin(option) or option
+        if origin is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        if option is float and type(value) in (int, float):
+            return float(value)
+        if origin is dict and isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
+            return value
+        if isinstance(origin, type) and type(value) is origin:
+            return value
+        if get_args(option) and value in get_args(option):  # a Literal
+            return value
+    names = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
+    raise SdaError(f"{where}: {key} = {value!r} is not of type {names}")

@@ -1,0 +1,112 @@
+"""Stage "synthesize": labelled images from the class-conditional model, one folder per class."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sda_fast.data import identity, to_uint8, write_png
+from sda_fast.errors import SdaError
+from sda_fast.models import DiT, load_dit
+from sda_fast.sampler import Sampler
+from sda_fast.stages.batches import Work, plan, run_batches
+from sda_fast.stages.manifest import Output, file_sha256, open_output
+
+
+@dataclass(frozen=True)
+class SynthesizeSettings:
+    """Everything that changes a synthetic image; all of it stands in the manifest. Names are those of `Sampler`."""
+
+    respacing: str = "250"
+    cfg_scale: float = 1.0
+    clip: bool = False
+    batch_size: int = 10
+    seed: int = 0
+
+
+def synthesize(
+    output: str | Path,
+    dit: str | Path,
+    per_class: int = 50,
+    classes: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
+    settings: SynthesizeSettings | None = None,
+    *,
+    preset: str | None = None,
+    device: str = "cpu",
+    workers: int = 1,
+    quiet: bool | None = None,
+) -> dict[str, Any]:
+    """Write `per_class` images of every class as `<output>/<class>/<index>.png`; returns a summary.
+
+    classes: names of the model's classes in order; files of this package know theirs. only: the classes to make,
+    by default all. An image depends on its class, its index and the settings alone, so a later call with a larger
+    `per_class` or other classes adds to the folder. Resumes where an earlier run stopped.
+    Raises SdaError for wrong weights, classes and settings.
+    """
+    settings = settings or SynthesizeSettings()
+    if per_class < 1:
+        raise SdaError(f"--per-class {per_class} is out of range: give at least 1")
+    model = load_dit(dit, preset)
+    names = _class_names(model, classes, dit)
+    unknown = [name for name in only or () if name not in names]
+    if unknown:
+        raise SdaError(f"class {unknown[0]!r} is none of the model's {len(names)} ({', '.join(names[:3])}, ...)")
+    if model.in_channels != 3:
+        raise SdaError(
+            f"DiT {dit} works on latents ({model.in_channels} channels), which this version cannot decode: "
+            "give a DiT of pixels"
+        )
+    make_sampler(model, settings)  # wrong settings must fail before the folder is made
+    weights = {"dit": file_sha256(dit)}
+    out = open_output(output, "synthesize", {**asdict(settings), "classes": names, "weights": weights})
+
+    keys = [f"{name}/{index:05d}" for name in only or names for index in range(per_class)]
+    todo = plan([[key] for key in keys], out.done, settings.batch_size)
+    run_batches(
+        todo,
+        _make_work,
+        (dit, preset, settings, names, device, out),
+        label="synthesis",
+        total=len(keys),
+        workers=workers,
+        quiet=quiet,
+    )
+    out.finish({"per_class": per_class, "images": len(keys)})
+    return {"images": len(keys), "synthesized": sum(len(b) for b in todo), "output": str(output)}
+
+
+def make_sampler(dit: DiT, settings: SynthesizeSettings) -> Sampler:
+    """The sampler these settings describe. Raises SdaError for settings out of range."""
+    return Sampler(**{"dit": dit, **asdict(settings)})
+
+
+def _class_names(model: DiT, classes: Sequence[str] | None, dit: str | Path) -> list[str]:
+    names = list(classes or model.classes)
+    if not names:
+        raise SdaError(f"DiT {dit} does not name its classes: give them with --classes FILE, one name per line")
+    if len(names) != model.num_classes:
+        raise SdaError(
+            f"{len(names)} class names were given, but DiT {dit} has {model.num_classes} classes: "
+            "give one name per class, in order"
+        )
+    return names
+
+
+def _make_work(
+    dit: str | Path,
+    preset: str | None,
+    settings: SynthesizeSettings,
+    names: list[str],
+    device: str,
+    out: Output,
+) -> Work:
+    sampler = make_sampler(load_dit(dit, preset).to(device), settings)
+
+    def work(keys: list[str]) -> None:
+        labels = [names.index(key.split("/")[0]) for key in keys]
+        seeds = [identity("synthesize", key) for key in keys]
+        for key, array in zip(keys, to_uint8(sampler(labels, seeds=seeds), "truncate"), strict=True):
+            write_png(array, out.path(key))
+
+    return work
