@@ -58,7 +58,7 @@ gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps .
 	mkdir -p $(OUT)
 	$(SCRIPTS)/pytest -m gpu tests/$(if $(filter all,$(PART)),,$(PART))
-	$(SCRIPTS)/sda-fast bench --preset photos --json > $(OUT)/bench.json
+	$(SCRIPTS)/sda-fast bench --preset photos --device cuda --json > $(OUT)/bench.json
 
 clean:
 	rm -rf build dist .venv/.installed .mypy_cache .pytest_cache .ruff_cache

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from sda_fast import reference
-from sda_fast.data import to_unit
 from sda_fast.errors import SdaError
 from sda_fast.models import load_adm
 from sda_fast.projector import Projector
@@ -21,6 +20,8 @@ PARITY = 1e-5  # mean absolute difference of the projections, whose range is [-1
 def bench_projection(preset: str, images: int, repeats: int, device: str) -> dict[str, Any]:
     """Seconds per image of `reference.guided_projection` and of `Projector`, both eager float32, same noise.
 
+    The images are random: time does not depend on what they show.
+
     The published norm over the batch is used on both sides. Returns one JSON-able row. Raises SdaError if the
     results differ by more than `PARITY` on average, in which case no time is reported.
     """
@@ -28,12 +29,10 @@ def bench_projection(preset: str, images: int, repeats: int, device: str) -> dic
         raise SdaError(f'preset {preset!r} is not known; this version has "photos"')
     if images < 1 or repeats < 1:
         raise SdaError("--images and --repeats must be at least 1")
-    from sda_fast.photos.dataset import CLASSES, held_out_patches
-
     adm = load_adm(weights_path("photos:adm")).to(device)
-    per_class = -(-images // len(CLASSES))
-    x = torch.cat([to_unit(held_out_patches(name, per_class)) for name in CLASSES])[:images].to(device)
     generator = torch.Generator().manual_seed(0)
+    size = adm.image_size
+    x = (torch.rand(images, 3, size, size, generator=generator) * 2 - 1).to(device)
     noise = torch.randn(51, *x.shape, generator=generator).to(device)
 
     unet = reference.UNet(**adm.config).to(device)

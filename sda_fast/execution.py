@@ -39,7 +39,7 @@ def batches(n: int, size: int | None) -> list[Batch]:
 class Noise:
     """Standard normal noise by image and step: counter-based from `seed` and identities, or given explicitly.
 
-    identities: one integer per image (any 64 bits), the only thing beside `seed`, step and element that its noise
+    identities: one integer in [-2^63, 2^63) per image, the only thing beside `seed`, step and element that its noise
     depends on. given: [steps, N, C, H, W] instead, `given[0]` the forward noise, `given[k]` that of reverse step k.
     """
 
@@ -58,10 +58,12 @@ class Noise:
             if tuple(given.shape) != (steps, *images.shape):
                 raise SdaError(f"noise has shape {list(given.shape)}; it must be {[steps, *images.shape]}")
             given = given.to(images)
-        ids = torch.as_tensor(range(n) if identities is None else identities, dtype=torch.int64)
+        ids = _as_tensor(range(n) if identities is None else identities)
         if tuple(ids.shape) != (n,):
             raise SdaError(f"seeds must hold one integer for each of the {n} images, not shape {list(ids.shape)}")
-        self._given, self._ids, self._seed = given, ids.to(images.device), seed
+        if n and (ids.is_floating_point() or ids.is_complex()):
+            raise SdaError(f"seeds must be integers, not {ids.dtype}")
+        self._given, self._ids, self._seed = given, ids.to(images.device, torch.int64), seed
 
     def __call__(self, batch: Batch, step: int, like: Tensor) -> Tensor:
         """Noise of a batch at a step: float32 [batch.size, C, H, W] on the device of `like`."""
@@ -71,8 +73,18 @@ class Noise:
         return philox_normal(like.shape, seed=self._seed, identities=identities, step=step, device=like.device)
 
 
+def _as_tensor(identities: Sequence[int] | Tensor) -> Tensor:
+    try:
+        return torch.as_tensor(identities)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SdaError(f"seeds must be integers in [-2^63, 2^63): {error}") from error
+
+
 def check_images(images: Tensor, channels: int, size: int) -> Tensor:
-    """Images as float32, or SdaError if they are not [N, channels, size, size] of finite values."""
+    """Images as contiguous float32, or SdaError if they are not [N, channels, size, size] of finite values.
+
+    Contiguous, because convolutions round differently in another memory format.
+    """
     if not isinstance(images, Tensor) or images.ndim != 4 or tuple(images.shape[1:]) != (channels, size, size):
         shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise SdaError(f"images must be [N, {channels}, {size}, {size}] in [-1, 1], not {shape}; crop or resize them")
@@ -80,4 +92,4 @@ def check_images(images: Tensor, channels: int, size: int) -> Tensor:
         raise SdaError(f"images must be floating point in [-1, 1], not {images.dtype}; use x / 127.5 - 1")
     if not bool(images.isfinite().all()):
         raise SdaError("images hold NaN or infinity; check what made them")
-    return images.float()
+    return images.float().contiguous()

@@ -1,7 +1,6 @@
 """The typer application, and what happens to errors."""
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -19,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
@@ -56,10 +57,7 @@ def run() -> None:
         text = str(error)
         print(f"sda-fast: {text if text.endswith('.') else text + '.'}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("sda-fast: interrupted; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output went away; so do we, without a word. Python would flush again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+            print("sda-fast: interrupted; the same command goes on from here.", file=sys.stderr)
+        raise

@@ -13,7 +13,7 @@ Input = Annotated[Path, typer.Option("--input", "-i", help="Folder of images.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; resumed if it exists.")]
 Device = Annotated[str, typer.Option(help='Torch device, such as "cpu" or "cuda".')]
 Workers = Annotated[int, typer.Option(help="Processes on this machine; results do not depend on it.")]
-Seed = Annotated[int, typer.Option(help="Key of all noise.")]
+Seed = Annotated[int, typer.Option(min=0, help="Key of all noise.")]
 BatchSize = Annotated[int, typer.Option(help="Images per network pass; changes last bits only.")]
 Preset = Annotated[str | None, typer.Option(help="How published weights are built, such as imagenet256.")]
 _CORES = os.cpu_count() or 1
@@ -25,7 +25,8 @@ def _check_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SdaError(f"--device {device} cannot be used on this machine ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise SdaError(f'device {device!r} cannot be used on this machine ({reason}): give "cpu"') from error
     return device
 
 
@@ -93,9 +94,21 @@ def align(
     from sda_fast.stages.config import build
     from sda_fast.weights import weights_path
 
-    names = ("projection", "respacing", "start", "factor", "scale", "norm", "norm_group", "engine", "precision")
-    values = {name: value for name in (*names, "batch_size", "seed") if (value := locals()[name]) is not None}
-    settings = build(AlignSettings, values, "options of align")
+    values = {
+        "projection": projection,
+        "respacing": respacing,
+        "start": start,
+        "factor": factor,
+        "scale": scale,
+        "norm": norm,
+        "norm_group": norm_group,
+        "engine": engine,
+        "precision": precision,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    settings = build(AlignSettings, given, "options of align")
     result = stage(
         input, output, weights_path(adm), settings, preset=preset, device=_check_device(device), workers=workers
     )
@@ -173,6 +186,7 @@ def run(
     from sda_fast.stages.pipeline import run as pipeline
 
     settings = read_config(config)
+    _check_device(settings.device)
     result = pipeline(settings, log=_announce)
     text, files = write_run_report(settings.output, result, command=f"sda-fast run {config}")
     say({"rows": result["rows"], "files": files}, as_json, text + "\n\n" + _listing(files))
@@ -252,7 +266,8 @@ def train_photos(
     for name in model or MODELS:
         if name not in MODELS:
             raise SdaError(f"--model {name} is not known; choose from {', '.join(MODELS)}")
-        path = train_model(name, output, steps=steps or STEPS[name], seed=seed, device=_check_device(device))
+        wanted = STEPS[name] if steps is None else steps
+        path = train_model(name, output, steps=wanted, seed=seed, device=_check_device(device))
         typer.echo(str(path))
 
 

@@ -1,7 +1,6 @@
 """Weights in and out: safetensors, and pickled state dicts read without running what they may carry."""
 
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from sda_fast.errors import SdaError
-from sda_fast.files import temporary_name
+from sda_fast.files import write_bytes
 from sda_fast.models.adm import ADM
 from sda_fast.models.classifiers import Classifier, create_classifier
 from sda_fast.models.dit import DiT
@@ -84,14 +83,11 @@ def save_checkpoint(
     `metadata` must be JSON-able; `load_*` read `kind` and `config` from it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         name: (t.to(dtype) if dtype and t.is_floating_point() else t).contiguous()
         for name, t in module.state_dict().items()
     }
-    temporary = path.with_name(temporary_name())
-    save_file(state, temporary, metadata={"sda_fast": json.dumps(dict(metadata))})
-    os.replace(temporary, path)
+    write_bytes(save(state, metadata={"sda_fast": json.dumps(dict(metadata))}), path)
     return path
 
 
@@ -173,8 +169,11 @@ def _load_diffusion(
             f"checkpoint {path} does not say how its {name} is built (it looks like {_looks_like(state)}): "
             f"name a preset, one of {', '.join(presets)}"
         )
-    with torch.device("meta"):
-        model = kind(**config)
+    try:
+        with torch.device("meta"):
+            model = kind(**config)
+    except TypeError as error:
+        raise SdaError(f"checkpoint {path} describes a model that this version cannot build ({error})") from error
     model.to_empty(device="cpu")
     _fill(model, state, path, f"this {name}")
     model.config = dict(config)

@@ -32,11 +32,12 @@ def write_testbed(
             raise SdaError(f"corruption {name!r} is not known; choose from {', '.join(CORRUPTIONS)}")
     if not 1 <= severity <= 5:
         raise SdaError(f"--severity {severity} is out of range: 1 is the weakest, 5 the strongest")
+    patches = {label: held_out_patches(label, per_class) for label in CLASSES}
     out = open_output(output, "photos", {"severity": severity, "corruptions_library": library_version()})
     total = per_class * len(CLASSES) * (1 + len(corruptions))
     with progress(total, "writing patches", quiet) as reporter:
         for label in CLASSES:
-            for index, patch in enumerate(held_out_patches(label, per_class)):
+            for index, patch in enumerate(patches[label]):
                 name = f"{label}/{index:03d}"
                 if not out.done(f"clean/{name}"):
                     write_png(patch, out.path(f"clean/{name}"))

@@ -5,7 +5,6 @@ checkpoint and a JSON file with its curve, settings and time.
 """
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from sda_fast.data.quantize import to_unit
 from sda_fast.diffusion.losses import hybrid_loss
 from sda_fast.diffusion.schedule import Schedule
+from sda_fast.errors import SdaError
+from sda_fast.files import write_json
 from sda_fast.models import ADM, DiT, create_classifier, save_checkpoint
 from sda_fast.photos.dataset import CLASSES, SIZE, training_batch
 
@@ -166,6 +167,12 @@ def train_model(
     log: Callable[[str], None] = print,
 ) -> Path:
     """Train one of `MODELS` and write `<output>/<name>.safetensors` (float16) and `<name>.json`; returns the former."""
+    if steps < 1:
+        raise SdaError(f"--steps {steps} is out of range: give at least 1")
+    try:
+        output.mkdir(parents=True, exist_ok=True)  # now, not after the training
+    except OSError as error:
+        raise SdaError(f"--output {output} cannot be used ({error.strerror}): choose another one") from error
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     if name in ("adm", "dit"):
@@ -205,5 +212,5 @@ def train_model(
         "torch": torch.__version__,
         "loss_every_100_steps": curve,
     }
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(record, path.with_suffix(".json"))
     return path

@@ -2,7 +2,9 @@
 
 from sda_fast.report.html import write_report
 from sda_fast.report.pictures import accuracy_bars, picture_grid
-from sda_fast.report.statistics import (
+from sda_fast.report.tables import Cell, Table, accuracy_table, comparison_table
+from sda_fast.report.writers import to_csv, to_markdown, to_text, write_tables
+from sda_fast.statistics import (
     MeanAccuracy,
     PairedTest,
     Row,
@@ -12,8 +14,6 @@ from sda_fast.report.statistics import (
     paired_over_corruptions,
     wilson_interval,
 )
-from sda_fast.report.tables import Cell, Table, accuracy_table, comparison_table
-from sda_fast.report.writers import to_csv, to_markdown, to_text, write_tables
 
 __all__ = [
     "Cell",

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sda_fast.files import write_bytes
-from sda_fast.report.statistics import Row
 from sda_fast.report.tables import Table, accuracy_table
+from sda_fast.statistics import Row
 
 Png = str | os.PathLike[str] | bytes
 Figure = tuple[str, Png] | tuple[str, Png, str]  # caption, picture, and what it shows to those who cannot see it

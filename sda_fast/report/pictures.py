@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sda_fast.files import write_bytes
 from sda_fast.report.results import ModelResults, by_model
-from sda_fast.report.statistics import Row
+from sda_fast.statistics import Row
 
 Pixels = NDArray[np.uint8]
 INK, PAPER = (28, 28, 30), (255, 255, 255)

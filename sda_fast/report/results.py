@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sda_fast.report.statistics import MeanAccuracy, Row, mean_interval
+from sda_fast.statistics import MeanAccuracy, Row, mean_interval
 
 Column = tuple[str, int]  # corruption, severity
 

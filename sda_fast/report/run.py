@@ -77,8 +77,9 @@ def write_grid(folders: Mapping[str, str], path: Path, rows: int = 15) -> Path |
     if not chosen:
         return None
     columns = []
-    if clean:
-        columns.append(("original", [clean["/".join(file.key.split("/")[-2:])].path for _, file in chosen]))
+    originals = [clean.get("/".join(file.key.split("/")[-2:])) for _, file in chosen]
+    if all(originals):
+        columns.append(("original", [file.path for file in originals if file]))
     columns.append(("corrupted", [file.path for _, file in chosen]))
     for kind in ("diffpure", "dda"):
         if kind in folders:

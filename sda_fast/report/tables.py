@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from sda_fast.report.results import Column, ModelResults, by_model
-from sda_fast.report.statistics import PairedTest, Row, mcnemar, paired_over_corruptions
+from sda_fast.statistics import PairedTest, Row, mcnemar, paired_over_corruptions
 
 Intervals = Literal["half", "bounds", "none"]
 Layout = Literal["wide", "tall", "auto"]

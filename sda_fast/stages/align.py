@@ -4,7 +4,7 @@ The same stage aligns the synthetic images of SDA's first half and projects the 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from sda_fast.errors import SdaError
 from sda_fast.models import load_adm
 from sda_fast.projector import Projection, Projector, Purifier
 from sda_fast.stages.batches import Work, plan, run_batches
-from sda_fast.stages.manifest import Output, file_sha256, open_output
+from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,34 @@ class AlignSettings:
     batch_size: int = 10
     seed: int = 0
 
+    def resolved(self) -> "AlignSettings":
+        """The same with respacing and start filled in. Raises SdaError for an unknown projection."""
+        if self.projection not in PUBLISHED:
+            raise SdaError(f'projection {self.projection!r} is not known; choose "dda" or "diffpure"')
+        respacing, start = PUBLISHED[self.projection]
+        return replace(self, respacing=self.respacing or respacing, start=start if self.start is None else self.start)
+
+
+PUBLISHED = {"dda": ("100", 50), "diffpure": ("1000", 150)}  # respacing and start
+
 
 def make_projection(adm: Any, settings: AlignSettings) -> Projection:
     """The projection these settings describe. Raises SdaError for settings out of range."""
+    settings = settings.resolved()
+    assert settings.respacing is not None
+    assert settings.start is not None
     batch = {"batch_size": settings.batch_size, "seed": settings.seed}
-    respacing, start = settings.respacing, settings.start
     if settings.projection == "diffpure":
-        return Purifier(adm, respacing=respacing or "1000", start=150 if start is None else start, **batch)
-    if settings.projection != "dda":
-        raise SdaError(f'projection {settings.projection!r} is not known; choose "dda" or "diffpure"')
+        if (settings.engine, settings.precision) != ("eager", "fp32"):
+            raise SdaError(
+                f'projection "diffpure" has engine "eager" and precision "fp32" only, '
+                f"not {settings.engine!r} and {settings.precision!r}"
+            )
+        return Purifier(adm, respacing=settings.respacing, start=settings.start, **batch)
     return Projector(
         adm,
-        respacing=respacing or "100",
-        start=50 if start is None else start,
+        respacing=settings.respacing,
+        start=settings.start,
         factor=settings.factor,
         scale=settings.scale,
         norm=settings.norm,
@@ -90,12 +105,16 @@ def align(
     and the settings alone (with norm="batch" also on the others of its group, consecutive in the sorted list).
     Resumes where an earlier run stopped. Raises SdaError for wrong folders, files, weights and settings.
     """
-    settings = settings or AlignSettings()
+    settings = (settings or AlignSettings()).resolved()
     files = list_images(input)
     model = load_adm(adm, preset)
     make_projection(model, settings)  # wrong settings must fail before the folder is made
+    if Path(output).resolve().is_relative_to(Path(input).resolve()):
+        raise SdaError(f"--output {output} lies in --input {input}: a second call would project projections; move it")
+    origin = {"input": str(input), "input_made_with": made_with(input)}
     weights = {"adm": file_sha256(adm)}
-    out = open_output(output, "align", {**asdict(settings), "image_size": model.image_size, "weights": weights})
+    recorded = {**asdict(settings), "image_size": model.image_size, **origin, "weights": weights}
+    out = open_output(output, "align", recorded)
 
     size = settings.norm_group if settings.projection == "dda" and settings.norm == "batch" else 1
     groups = [[file.key for file in files[i : i + size]] for i in range(0, len(files), size)]

@@ -1,10 +1,14 @@
 """Runs a stage over keyed items in fixed-size batches, in one process or several, skipping what is done."""
 
+import functools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from sda_fast.stages.progress import progress
 # Called in the worker: make(*arguments) -> work; work(keys) does one batch.
 Work = Callable[[list[str]], None]
 
+_make: Callable[[], Work] | None = None
 _work: Work | None = None
 
 
@@ -51,14 +56,15 @@ def run_batches(
     if workers < 1:
         raise SdaError(f"--workers {workers} is out of range: give at least 1")
     left = sum(len(batch) for batch in batches)
-    with progress(total, label, quiet, done=max(0, total - left)) as reporter:
-        for batch in _run(batches, make, arguments, min(workers, len(batches))):
+    steps = _run(batches, make, arguments, min(workers, len(batches)))
+    with closing(steps), progress(total, label, quiet, done=max(0, total - left)) as reporter:
+        for batch in steps:
             reporter.advance(len(batch))
 
 
 def _run(
     batches: Sequence[list[str]], make: Callable[..., Work], arguments: tuple[Any, ...], workers: int
-) -> Iterator[list[str]]:
+) -> Generator[list[str], None, None]:
     if workers <= 1:
         work = make(*arguments) if batches else None
         for batch in batches:
@@ -69,10 +75,15 @@ def _run(
     threads = max(1, torch.get_num_threads() // workers)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _initialise, (threads, make, arguments))
     try:
-        futures = {pool.submit(_do, batch): batch for batch in batches}
+        with _ctrl_c_ignored():
+            futures: dict[Future[None], list[str]] = {pool.submit(_do, batch): batch for batch in batches}
         for future in as_completed(futures):
             future.result()
             yield futures[future]
+    except (KeyboardInterrupt, GeneratorExit):
+        for process in list((pool._processes or {}).values()):
+            process.terminate()  # a batch may take minutes, and nothing is left half written
+        raise
     except BrokenProcessPool as error:
         raise SdaError(
             "a worker process died, perhaps for lack of memory: run the same command again to go on, "
@@ -82,13 +93,37 @@ def _run(
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """Processes that are started inside ignore Ctrl-C, which a terminal sends to them too: ending them is our part."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread may change it
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _initialise(threads: int, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
-    global _work
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    global _make
     torch.set_num_threads(threads)
-    _work = make(*arguments)
+    _make = functools.partial(make, *arguments)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's workers would wait for ever for the batches of a parent that was killed."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _do(batch: list[str]) -> None:
-    assert _work is not None
+    # The work is made here and not in `_initialise`, where an error would break the pool without saying why.
+    global _work
+    if _work is None:
+        assert _make is not None
+        _work = _make()
     _work(batch)

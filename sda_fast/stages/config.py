@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sda_fast.errors import SdaError
 from sda_fast.stages.align import AlignSettings
@@ -115,9 +115,18 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
             return float(value)
         if origin is dict and isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
             return value
-        if isinstance(origin, type) and type(value) is origin:
+        if origin in (str, int, bool) and type(value) is origin:
             return value
         if get_args(option) and value in get_args(option):  # a Literal
             return value
-    names = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
-    raise SdaError(f"{where}: {key} = {value!r} is not of type {names}")
+    choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
+    if choices:
+        raise SdaError(f"{where}: {key} = {value!r} is not known; choose from {', '.join(choices)}")
+    names = " or ".join(_name(option) for option in options if option is not type(None))
+    raise SdaError(f"{where}: {key} = {value!r} is of another type; give {names}")
+
+
+def _name(kind: Any) -> str:
+    """What a TOML file calls the type."""
+    known = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table of texts"}
+    return known.get(get_origin(kind) or kind, "a list of texts")

@@ -17,9 +17,9 @@ from sda_fast.methods import METHODS, method_class
 from sda_fast.methods.base import Method
 from sda_fast.methods.ensembles import MODES
 from sda_fast.models import Classifier, load_classifier
-from sda_fast.report import make_row
-from sda_fast.stages.manifest import file_sha256, open_output
+from sda_fast.stages.manifest import file_sha256, made_with, open_output
 from sda_fast.stages.progress import progress
+from sda_fast.statistics import make_row
 
 RESULTS = "results.json"
 
@@ -51,6 +51,8 @@ def evaluate(
     """
     if mode not in MODES:
         raise SdaError(f"--ensemble {mode!r} is not known; choose one of {', '.join(MODES)}")
+    if batch_size < 1:
+        raise SdaError(f"--batch-size {batch_size} is out of range: give at least 1")
     files = list_images(input)
     source = load_classifier(model)
     adapted = load_classifier(finetuned) if finetuned else None
@@ -65,7 +67,9 @@ def evaluate(
     weights = {"model": file_sha256(model), "finetuned": file_sha256(finetuned) if finetuned else None}
     settings = {
         "input": str(input),
+        "input_made_with": made_with(input),
         "projections": {kind: str(folders[kind]) for kind in pairs},
+        "projections_made_with": {kind: made_with(folders[kind]) for kind in pairs},
         "methods": chosen,
         "mode": mode,
         "batch_size": batch_size,
@@ -108,11 +112,14 @@ def _choose(methods: Sequence[str] | None, folders: Mapping[str, Any], finetuned
     for name in methods:
         if reason := lack(name):
             raise SdaError(f"method {name} needs {reason}")
-    return list(methods)
+    return list(dict.fromkeys(methods))
 
 
 def _pairs(files: Sequence[ImageFile], folder: str | Path, kind: str) -> dict[str, ImageFile]:
     projected = list_images(folder, option=f"--projection {kind}=")
+    made = (made_with(folder) or {}).get("projection", kind)
+    if made != kind:
+        raise SdaError(f"--projection {kind}={folder} holds {made} projections: give it as {made}={folder}")
     return {original.key: projection for original, projection in pair(files, projected)}
 
 
@@ -137,7 +144,7 @@ def _describe(group: str, root: str | Path) -> tuple[str, int]:
     *names, last = group.split("/")
     if names and last.isdigit():
         return "/".join(names), int(last)
-    return group or Path(root).name, 0
+    return group or Path(root).resolve().name, 0
 
 
 def _outcomes(
@@ -168,9 +175,14 @@ def _outcomes(
 
 def _read(files: Sequence[ImageFile], classifier: Classifier) -> Tensor:
     """Images as the classifier's evaluation sees them: float32 [N, 3, H, W] in [-1, 1]."""
-    arrays = [read_image(file.path) for file in files]
-    if classifier.resize is not None:
-        arrays = [resize_short_side(array, classifier.resize) for array in arrays]
-    if len({array.shape for array in arrays}) > 1:
-        raise SdaError(f"images of different sizes lie in {files[0].root}: the classifier needs one size or a resize")
+    size, arrays = classifier.input_size, []
+    for file in files:
+        array = read_image(file.path)
+        if classifier.resize is not None:
+            array = resize_short_side(array, classifier.resize)
+        height, width = array.shape[:2]
+        if min(height, width) < size:
+            raise SdaError(f"{file.path} is {width}x{height}, the classifier sees {size}x{size}: use larger images")
+        top, left = round((height - size) / 2), round((width - size) / 2)
+        arrays.append(array[top : top + size, left : left + size])
     return to_unit(np.stack(arrays))

@@ -1,5 +1,6 @@
 """Stage "finetune": adapt a classifier to the aligned synthetic images; the second half of SDA's first stage."""
 
+import hashlib
 import math
 import os
 import random
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sda_fast.data import label_indices, list_images, read_image, to_unit
+from sda_fast.data import ImageFile, label_indices, list_images, read_image, to_unit
 from sda_fast.errors import SdaError
 from sda_fast.models import Classifier, load_classifier, save_checkpoint
 from sda_fast.models.checkpoints import read_checkpoint
@@ -42,7 +43,11 @@ def finetune(
     original. Resumes after the last whole epoch, with the very result of a run that was not interrupted.
     Raises SdaError for unknown class folders, wrong weights and other settings than those of a run begun before.
     """
+    if seed < 0:
+        raise SdaError(f"--seed {seed} is out of range: give at least 0")
     files = list_images(input)
+    if len(files) < 2:
+        raise SdaError(f"--input {input} holds a single image: fine-tuning needs at least two")
     classifier = load_classifier(model)
     labels = label_indices(files, classifier.classes)
     if not isinstance(recipe, Recipe):
@@ -52,7 +57,7 @@ def finetune(
         "seed": seed,
         "images": len(files),
         "weights": {"model": file_sha256(model)},
-        "data": _content_hash([file.path for file in files]),
+        "data": _content_hash(files),
     }
     out = open_output(output, "finetune", settings)
     target = out.folder / MODEL
@@ -69,12 +74,11 @@ def finetune(
     return {**summary, "loss": losses[-1]}
 
 
-def _content_hash(paths: list[Path]) -> str:
-    import hashlib
-
+def _content_hash(files: list[ImageFile]) -> str:
+    """One hash of all names, which hold the labels, and contents."""
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(file_sha256(path).encode())
+    for file in files:
+        digest.update(f"{file.name}\0{file_sha256(file.path)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -91,17 +95,17 @@ def _train(
     augment = make_augment(recipe, classifier.input_size)
     classifier.requires_grad_(True).train()
     optimizer = make_optimizer(classifier, recipe)
-    per_epoch = -(-len(images) // recipe.batch_size)
+    batches = _batches(len(images), recipe.batch_size)
     losses = _restore(out, classifier, optimizer)
     name = f"fine-tuning {classifier.config['architecture']}"
     with progress(recipe.epochs * len(images), name, quiet, done=len(losses) * len(images)) as reporter:
         for epoch in range(len(losses), recipe.epochs):
             order = _seed_everything(seed, epoch).permutation(len(images))
             total = 0.0
-            for step in range(per_epoch):
-                chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            for step, batch in enumerate(batches):
+                chosen = order[batch]
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(recipe, epoch + step / per_epoch)
+                    group["lr"] = learning_rate(recipe, epoch + step / len(batches))
                 x = torch.stack([augment(images[i]) for i in chosen]).to(device)
                 y = labels[torch.from_numpy(chosen)].to(device)
                 loss = nn.functional.cross_entropy(classifier(x), y, label_smoothing=recipe.label_smoothing)
@@ -118,6 +122,14 @@ def _train(
             _save(out, classifier, optimizer, losses)
     classifier.eval()
     return losses
+
+
+def _batches(images: int, size: int) -> list[slice]:
+    """The parts of an epoch. A last one of a single image joins the one before: BatchNorm cannot normalise it."""
+    starts = list(range(0, images, size))
+    if len(starts) > 1 and images - starts[-1] == 1:
+        starts.pop()
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], images], strict=True)]
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
@@ -152,10 +164,13 @@ def make_augment(recipe: Recipe, size: int) -> Augment:
     """uint8 [H, W, 3] -> float32 [3, size, size] in [-1, 1], drawing from Python's, numpy's and torch's generators."""
     if recipe.augment == "shift-flip":
         return lambda image: _shift_flip(image, size)
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.data.transforms_factory import transforms_imagenet_train
 
     randaugment = recipe.augment == "randaugment"
-    # Normalised with mean and deviation one half, timm's pixels are the [-1, 1] the classifiers here take.
+    # The grey that RandAugment fills with and the noise that erases are ImageNet's, as in the original, whatever
+    # the classifier normalises with.
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     transform = transforms_imagenet_train(
         size,
         interpolation="bicubic" if randaugment else "bilinear",
@@ -163,15 +178,18 @@ def make_augment(recipe: Recipe, size: int) -> Augment:
         auto_augment="rand-m9-mstd0.5-inc1" if randaugment else None,
         re_prob=0.25 if randaugment else 0.0,
         re_mode="pixel",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
     )
-    return lambda image: transform(Image.fromarray(image))
+    return lambda image: (2 * (transform(Image.fromarray(image)) * std + mean) - 1).clamp(-1, 1)
 
 
 def _shift_flip(image: np.ndarray, size: int) -> Tensor:
     margin = size // 8
     padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="reflect")
+    if min(padded.shape[:2]) < size:
+        height, width = image.shape[:2]
+        raise SdaError(f"images of {width}x{height} are smaller than the classifier's {size}x{size}: resize them")
     y, x = (random.randrange(side - size + 1) for side in padded.shape[:2])
     crop = padded[y : y + size, x : x + size]
     return to_unit(crop[:, ::-1] if random.random() < 0.5 else crop)[0]

@@ -214,6 +214,12 @@ def _version() -> str:
         return "uninstalled"
 
 
+def made_with(folder: str | Path) -> dict[str, Any] | None:
+    """The settings that a stage made this folder with; None if no stage did. Raises SdaError for a damaged manifest."""
+    path = Path(folder) / MANIFEST
+    return _read(path)["settings"] if path.is_file() else None
+
+
 def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes in hexadecimal. Raises SdaError if it cannot be read."""
     try:

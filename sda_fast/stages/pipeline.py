@@ -7,12 +7,16 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from sda_fast.data import label_indices, list_images
 from sda_fast.errors import SdaError
 from sda_fast.methods import method_class
+from sda_fast.methods.ensembles import MODES
+from sda_fast.models import load_classifier
 from sda_fast.stages.align import align
 from sda_fast.stages.config import RunConfig
 from sda_fast.stages.evaluate import evaluate
 from sda_fast.stages.finetune import MODEL, finetune
+from sda_fast.stages.recipes import recipe_for
 from sda_fast.stages.synthesize import SynthesizeSettings, synthesize
 from sda_fast.weights import weights_path
 
@@ -33,8 +37,7 @@ def run(
     adapts = any(m.finetuned for m in methods.values())
     adm, dit = weights_path(config.adm), weights_path(config.dit)
     classifiers = {name: weights_path(path) for name, path in config.classifiers.items()}
-    if not classifiers:
-        raise SdaError("classifiers is empty: name at least one")
+    _check(config)
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -83,3 +86,21 @@ def run(
             rows += [{**row, "method": UNALIGNED} for row in extra]
     folders = {"target": config.target, **{kind: str(folder) for kind, folder in projected.items()}}
     return {"rows": rows, "seconds": seconds, "folders": folders, "settings": asdict(config)}
+
+
+def _check(config: RunConfig) -> None:
+    """What a later stage would refuse, before the hours of the earlier ones."""
+    if not config.classifiers:
+        raise SdaError("classifiers is empty: name at least one")
+    for kind, settings in (("dda", config.align), ("diffpure", config.diffpure)):
+        if settings.projection != kind:
+            table = "align" if kind == "dda" else "diffpure"
+            raise SdaError(f"[{table}] projection = {settings.projection!r} must be {kind!r}: remove that line")
+    if config.evaluate.mode not in MODES:
+        raise SdaError(f"[evaluate] mode = {config.evaluate.mode!r} is not known; choose one of {', '.join(MODES)}")
+    if config.evaluate.batch_size < 1:
+        raise SdaError(f"[evaluate] batch_size = {config.evaluate.batch_size} is out of range: give at least 1")
+    recipe_for(config.finetune.recipe, "")
+    files = list_images(config.target, option="target")
+    for path in config.classifiers.values():
+        label_indices(files, load_classifier(weights_path(path)).classes)

@@ -61,7 +61,7 @@ def synthesize(
     weights = {"dit": file_sha256(dit)}
     out = open_output(output, "synthesize", {**asdict(settings), "classes": names, "weights": weights})
 
-    keys = [f"{name}/{index:05d}" for name in only or names for index in range(per_class)]
+    keys = [f"{name}/{index:05d}" for name in dict.fromkeys(only or names) for index in range(per_class)]
     todo = plan([[key] for key in keys], out.done, settings.batch_size)
     run_batches(
         todo,
@@ -90,6 +90,9 @@ def _class_names(model: DiT, classes: Sequence[str] | None, dit: str | Path) -> 
             f"{len(names)} class names were given, but DiT {dit} has {model.num_classes} classes: "
             "give one name per class, in order"
         )
+    for name in names:
+        if "/" in name or name.startswith("."):
+            raise SdaError(f"class {name!r} cannot name a folder of images: use names without / and leading .")
     return names
 
 

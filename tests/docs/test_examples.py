@@ -1,0 +1,51 @@
+"""The examples of the documents run as they stand there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+PYTHON = [(path.name, code) for path in DOCUMENTS for code in blocks(path, "python")]
+
+
+@pytest.mark.parametrize(("name", "code"), PYTHON, ids=[f"{name}-{i}" for i, (name, _) in enumerate(PYTHON)])
+def test_python_example(name, code, tmp_path):
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=300)
+
+
+def test_documents_have_python_examples():
+    assert len(PYTHON) >= 3
+
+
+def test_command_line_tour(tmp_path):
+    """The commands of docs/cli.md, one after the other in one folder; blocks that name a file first write it."""
+    tour = ROOT / "docs" / "cli.md"
+    text = tour.read_text(encoding="utf-8")
+    for name, content in re.findall(r"`(\S+\.toml)`:\n\n```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(content)
+    commands = [line for block in blocks(tour, "sh") for line in block.replace("\\\n", " ").splitlines() if line]
+    assert len(commands) >= 8
+    script = Path(sys.executable).with_name("sda-fast")
+    for line in commands:
+        words = shlex.split(line)
+        assert words[0] == "sda-fast", line
+        done = subprocess.run([script, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (path.parent / target).exists(), target

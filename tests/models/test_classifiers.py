@@ -1,0 +1,52 @@
+"""Classifiers from timm behind images in [-1, 1], and the files they are kept in."""
+
+import pytest
+import torch
+
+from sda_fast.errors import SdaError
+from sda_fast.models import create_classifier, load_classifier
+
+CLASSES = ("ant", "bee", "cow", "dog")
+NARROW = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 1}
+
+
+@pytest.mark.parametrize("kind", ["resnet", "convnext"])
+def test_a_file_gives_the_classifier_back(tiny, kind):
+    path = tiny.save(kind, f"again_{kind}", seed=3, resize=18)
+    torch.manual_seed(3)
+    classifier = load_classifier(path)
+    assert classifier.classes == tiny.classes
+    assert (classifier.input_size, classifier.resize) == (16, 18)
+    assert not classifier.training
+    assert not any(p.requires_grad for p in classifier.parameters())
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(classifier(x), load_classifier(path)(x))
+    assert classifier(x).shape == (2, len(tiny.classes))
+    # A second classifier of the same description, with these weights, is the same function.
+    twin = create_classifier(**classifier.config).eval()
+    twin.load_state_dict(classifier.state_dict())
+    assert torch.equal(twin(x), classifier(x))
+
+
+def test_the_model_sees_images_normalised_as_it_was_trained():
+    classifier = create_classifier("convnext_atto", CLASSES, NARROW, input_size=16)
+    seen = []
+    classifier.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    assert classifier(x).shape == (1, 4)
+    mean, std = (torch.tensor(classifier.model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    torch.testing.assert_close(seen[0], ((x + 1) / 2 - mean) / std)
+    assert not {"mean", "std"} & classifier.state_dict().keys()  # the file holds the timm model's weights alone
+
+
+def test_an_unknown_name_is_refused_with_close_ones():
+    with pytest.raises(SdaError, match="no model named 'resnet18x'.*resnet18"):
+        create_classifier("resnet18x", CLASSES)
+    with pytest.raises(SdaError, match="no model named 'qqq'; close names: none"):
+        create_classifier("qqq", CLASSES)
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_unknown_options_are_refused(architecture):
+    with pytest.raises(SdaError, match=rf"{architecture} does not take these options: .*wings"):
+        create_classifier(architecture, CLASSES, {"wings": 2})

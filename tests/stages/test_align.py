@@ -1,0 +1,271 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import sda_fast
+from sda_fast.data import center_crop, identity, read_image, to_uint8, to_unit
+from sda_fast.errors import SdaError
+from sda_fast.models import load_adm
+from sda_fast.projector import Projector, Purifier
+from sda_fast.stages import align as stage
+from sda_fast.stages.align import AlignSettings, align
+from sda_fast.stages.manifest import file_sha256
+
+IMAGE = AlignSettings(respacing="10", start=5, batch_size=4)
+BATCH = replace(IMAGE, norm="batch", norm_group=3, batch_size=6)  # seven images: groups of three, three and one
+DIFFPURE = AlignSettings("diffpure", respacing="10", start=3, batch_size=4)
+NAMES = ("a/1.png", "a/2.jpg", "a/deep/er/3.png", "b/4.JPEG", "b/5.png", "b/6.png", "top.png")
+MODES = pytest.mark.parametrize("settings", [IMAGE, BATCH], ids=["image", "batch"])
+
+
+@pytest.fixture
+def images(tmp_path, write_images):
+    return write_images(tmp_path / "images", NAMES, size=(20, 24))
+
+
+@pytest.fixture
+def whole(tmp_path, images, tiny, pictures):
+    """whole(settings): all images projected in one go by one process."""
+
+    def project(settings):
+        folder = tmp_path / f"whole-{settings.norm}"
+        align(images, folder, tiny.adm, settings)
+        return pictures(folder)
+
+    return project
+
+
+def levels(tree):
+    return {name: read_image_bytes(data).astype(int) for name, data in tree.items()}
+
+
+def read_image_bytes(data):
+    import io
+
+    return read_image(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("settings", [IMAGE, BATCH, DIFFPURE], ids=["image", "batch", "diffpure"])
+def test_files_mirror_the_input_and_hold_what_the_projector_makes(tmp_path, images, tiny, pictures, settings):
+    summary = align(images, tmp_path / "out", tiny.adm, settings)
+    assert summary == {"images": 7, "projected": 7, "output": str(tmp_path / "out")}
+    keys = [name.rpartition(".")[0] for name in NAMES]
+    assert list(pictures(tmp_path / "out")) == [f"{key}.png" for key in keys]
+
+    steps = {"respacing": "10", "start": settings.start, "batch_size": settings.batch_size}
+    guidance = {"norm": settings.norm, "norm_group": settings.norm_group}
+    adm = load_adm(tiny.adm)
+    project = Purifier(adm, **steps) if settings is DIFFPURE else Projector(adm, **steps, **guidance)
+    x = to_unit(np.stack([center_crop(read_image(images / name), 16) for name in NAMES]))
+    expected = to_uint8(project(x, seeds=[identity("align", key) for key in keys]))
+    for key, array in zip(keys, expected, strict=True):
+        assert np.array_equal(read_image(tmp_path / "out" / f"{key}.png"), array)
+        assert np.ptp(array) > 20  # a picture, not a constant
+
+
+def test_the_three_projections_differ(tmp_path, images, tiny, pictures):
+    folders = [tmp_path / name for name in ("image", "batch", "diffpure")]
+    for folder, settings in zip(folders, (IMAGE, BATCH, DIFFPURE), strict=True):
+        align(images, folder, tiny.adm, settings)
+    assert len({pictures(folder)["a/1.png"] for folder in folders}) == 3
+
+
+@pytest.mark.parametrize("subset", [NAMES[4:5], NAMES[:1], NAMES[1::2], NAMES[3:]])
+def test_an_image_does_not_depend_on_its_company(tmp_path, images, tiny, pictures, whole, subset):
+    for name in subset:
+        (tmp_path / "some" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / name, tmp_path / "some" / name)
+    align(tmp_path / "some", tmp_path / "out", tiny.adm, IMAGE)
+    made = pictures(tmp_path / "out")
+    assert len(made) == len(subset)
+    assert made.items() <= whole(IMAGE).items()
+
+
+def test_another_batch_size_moves_last_bits_only(tmp_path, images, tiny, pictures, whole):
+    expected = levels(whole(IMAGE))
+    for size in (1, 7):
+        align(images, tmp_path / f"{size}", tiny.adm, replace(IMAGE, batch_size=size))
+        for name, array in levels(pictures(tmp_path / f"{size}")).items():
+            assert abs(array - expected[name]).max() <= 1
+
+
+@MODES
+@pytest.mark.parametrize("written", [0, 1, 3, 5, 6])
+def test_an_interrupted_run_goes_on_to_the_same_files(
+    tmp_path, images, tiny, pictures, whole, monkeypatch, settings, written
+):
+    """Interrupted before, inside and after a batch and inside a group."""
+    files = []
+
+    def write(array, path):
+        if len(files) == written:
+            raise KeyboardInterrupt
+        files.append(path)
+        sda_fast.data.write_png(array, path)
+
+    monkeypatch.setattr(stage, "write_png", write)
+    with pytest.raises(KeyboardInterrupt):
+        align(images, tmp_path / "out", tiny.adm, settings)
+    monkeypatch.undo()
+    before = {path: path.stat().st_mtime_ns for path in files}
+    assert len(before) == written
+    summary = align(images, tmp_path / "out", tiny.adm, settings)
+    assert pictures(tmp_path / "out") == whole(settings)
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    if settings is IMAGE:
+        assert summary["projected"] == 7 - written
+
+
+@MODES
+def test_two_workers_make_the_same_files(tmp_path, images, tiny, pictures, whole, settings):
+    align(images, tmp_path / "out", tiny.adm, settings, workers=2)
+    assert pictures(tmp_path / "out") == whole(settings)
+
+
+def test_a_killed_command_goes_on_to_the_same_files(tmp_path, images, tiny, pictures, whole):
+    options = {"input": images, "output": tmp_path / "out", "adm": tiny.adm, "respacing": 10, "start": 5}
+    arguments = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
+    command = [sys.executable, "-m", "sda_fast", "align", *arguments, "--batch-size", "4"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (done := pictures(tmp_path / "out")) and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert done, errors
+    assert align(images, tmp_path / "out", tiny.adm, IMAGE)["images"] == 7
+    assert pictures(tmp_path / "out") == whole(IMAGE)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_second_call_computes_nothing_and_a_torn_file_is_made_again(tmp_path, images, tiny, pictures, monkeypatch):
+    align(images, tmp_path / "out", tiny.adm, IMAGE)
+    expected = pictures(tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_make_work", lambda *_: pytest.fail("computed"))
+        assert align(images, tmp_path / "out", tiny.adm, IMAGE)["projected"] == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    torn = tmp_path / "out" / "a" / "1.png"
+    torn.write_bytes(torn.read_bytes()[:-5])
+    assert align(images, tmp_path / "out", tiny.adm, IMAGE)["projected"] == 1
+    assert pictures(tmp_path / "out") == expected
+
+
+def test_images_that_come_later_are_added(tmp_path, images, tiny, pictures, whole):
+    (images / NAMES[2]).rename(tmp_path / "later.png")
+    align(images, tmp_path / "out", tiny.adm, IMAGE)
+    (tmp_path / "later.png").rename(images / NAMES[2])
+    assert align(images, tmp_path / "out", tiny.adm, IMAGE)["projected"] == 1
+    assert pictures(tmp_path / "out") == whole(IMAGE)
+
+
+@MODES
+def test_the_manifest_says_what_was_done(tmp_path, images, tiny, settings):
+    align(images, tmp_path / "out", tiny.adm, settings)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["stage"] == "align"
+    assert manifest["version"] == sda_fast.__version__
+    assert manifest["finished"]["images"] == 7
+    assert manifest["settings"] == {
+        "projection": "dda",
+        "respacing": "10",
+        "start": 5,
+        "factor": 4,
+        "scale": 6.0,
+        "norm": settings.norm,
+        "norm_group": settings.norm_group,
+        "engine": "eager",
+        "precision": "fp32",
+        "batch_size": settings.batch_size,
+        "seed": 0,
+        "image_size": 16,
+        "input": str(images),
+        "input_made_with": None,
+        "weights": {"adm": file_sha256(tiny.adm)},
+    }
+
+
+@pytest.mark.parametrize(("kind", "respacing", "start"), [("dda", "100", 50), ("diffpure", "1000", 150)])
+def test_published_settings_are_filled_in(kind, respacing, start):
+    settings = AlignSettings(projection=kind).resolved()
+    assert (settings.respacing, settings.start) == (respacing, start)
+    assert AlignSettings(projection=kind, start=3).resolved().start == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": 4}, "start = 5, this run has start = 4"),
+        ({"respacing": "20"}, 'respacing = "10", this run has respacing = "20"'),
+        ({"factor": 2}, "factor = 4, this run has factor = 2"),
+        ({"scale": 3.0}, "scale = 6.0, this run has scale = 3.0"),
+        ({"norm": "batch", "norm_group": 2}, 'norm = "image", this run has norm = "batch"'),
+        ({"norm_group": 4}, "norm_group = 10, this run has norm_group = 4"),
+        ({"batch_size": 5}, "batch_size = 4, this run has batch_size = 5"),
+        ({"seed": 1}, "seed = 0, this run has seed = 1"),
+        ({"projection": "diffpure"}, 'projection = "dda", this run has projection = "diffpure"'),
+    ],
+)
+def test_other_settings_are_not_mixed_in(tmp_path, images, tiny, pictures, change, message):
+    align(images, tmp_path / "out", tiny.adm, IMAGE)
+    before = pictures(tmp_path / "out")
+    with pytest.raises(SdaError, match=rf"out was made with {message}: use another --output or delete the folder"):
+        align(images, tmp_path / "out", tiny.adm, replace(IMAGE, **change))
+    assert pictures(tmp_path / "out") == before
+
+
+def test_other_weights_and_another_input_are_not_mixed_in(tmp_path, images, tiny):
+    align(images, tmp_path / "out", tiny.adm, IMAGE)
+    with pytest.raises(SdaError, match=r"made with weights\.adm = "):
+        align(images, tmp_path / "out", tiny.save("adm", "other", seed=1), IMAGE)
+    copy = shutil.copytree(images, tmp_path / "copy")
+    with pytest.raises(SdaError, match=r'made with input = ".*images", this run has input = ".*copy"'):
+        align(copy, tmp_path / "out", tiny.adm, IMAGE)
+
+
+def test_an_input_made_anew_with_other_settings_is_not_mixed_in(tmp_path, images, tiny):
+    align(images, tmp_path / "first", tiny.adm, IMAGE)
+    align(tmp_path / "first", tmp_path / "second", tiny.adm, IMAGE)
+    shutil.rmtree(tmp_path / "first")
+    align(images, tmp_path / "first", tiny.adm, replace(IMAGE, seed=7))
+    with pytest.raises(SdaError, match=r"input_made_with\.seed = 0, this run has input_made_with\.seed = 7"):
+        align(tmp_path / "first", tmp_path / "second", tiny.adm, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": 0}, "start=0 is out of range"),
+        ({"start": 10}, "start=10 is out of range"),
+        ({"factor": 3}, "D=3 does not divide the image size 16"),
+        ({"factor": 0}, "D=0 does not divide"),
+        ({"batch_size": 0}, "batch_size=0 is out of range"),
+        ({"norm_group": 0}, "norm_group=0 is out of range"),
+        ({"norm": "group"}, "norm 'group' is not known"),
+        ({"norm": "batch", "norm_group": 3}, "would cut a norm group of 3"),
+        ({"respacing": "1001"}, "'1001': 1001 is not between 1 and 1000"),
+        ({"engine": "trt"}, "engine 'trt' is not known"),
+        ({"precision": "fp8"}, "precision 'fp8' is not known"),
+        ({"projection": "sdedit"}, "projection 'sdedit' is not known"),
+        ({"projection": "diffpure", "engine": "trt"}, "not 'trt' and 'fp32'"),
+    ],
+)
+def test_wrong_settings_are_refused_before_the_folder_is_made(tmp_path, images, tiny, change, message):
+    with pytest.raises(SdaError, match=message):
+        align(images, tmp_path / "out", tiny.adm, replace(IMAGE, **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_inside_the_input_is_refused(tmp_path, images, tiny):
+    for output in (images / "out", images, images / ".." / "images" / "deep" / "er"):
+        with pytest.raises(SdaError, match=r"lies in --input .*; move it"):
+            align(images, output, tiny.adm, IMAGE)
+    assert len(os.listdir(images)) == 3
