@@ -65,9 +65,7 @@ def largest_mean_error(ours, theirs):
 )
 def test_whole_runs_match_the_original(load_reference, original, name, settings):
     tensors, meta = load_reference(name)
-    projector = Projector(
-        original, meta["respacing"], meta["start_step"], meta["factor"], meta["scale"], **settings
-    )
+    projector = Projector(original, meta["respacing"], meta["start_step"], meta["factor"], meta["scale"], **settings)
     error, step = largest_mean_error(projector.steps(tensors["reference"], tensors["noise"]), tensors["samples"])
     print(f"{name} {settings}: mean error at most {error:.1e}")
     assert error <= 1e-5, f"mean error {error:.1e} after step {step}"
@@ -114,7 +112,9 @@ def test_norm_groups_of_one_are_images(adm):
     assert torch.equal(batch, image)
 
 
-@pytest.mark.parametrize("make", [lambda adm: Projector(adm, seed=9, **SHORT), lambda adm: Purifier(adm, 8, "20", seed=9)])
+@pytest.mark.parametrize(
+    "make", [lambda adm: Projector(adm, seed=9, **SHORT), lambda adm: Purifier(adm, 8, "20", seed=9)]
+)
 def test_seeds_name_the_noise(adm, make):
     project = make(adm)
     noise = torch.stack([philox_normal(IMAGES.shape, seed=9, identities=SEEDS, step=k) for k in range(9)])
@@ -210,7 +210,3 @@ def test_images_that_do_not_fit(adm, images, problem):
 def test_noise_and_seeds_that_do_not_fit(adm, arguments, problem):
     with pytest.raises(SdaError, match=problem):
         Projector(adm, **SHORT)(IMAGES, **arguments)
-
-
-def test_the_public_name():
-    assert sda_fast.Projector is Projector

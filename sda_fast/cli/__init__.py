@@ -3,6 +3,11 @@
 
 def main() -> None:
     """Entry point of `sda-fast` and `python -m sda_fast`."""
+    import sys
+    import warnings
+
     from sda_fast.cli.app import run
 
+    if "--debug" not in sys.argv and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # libraries' advice to programmers
     run()

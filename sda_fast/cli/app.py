@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -53,7 +54,7 @@ def run() -> None:
         app()
     except SdaError as error:
         if "--debug" in sys.argv:
-            raise
+            traceback.print_exc()
         text = str(error)
         print(f"sda-fast: {text if text.endswith('.') else text + '.'}", file=sys.stderr)
         sys.exit(2)

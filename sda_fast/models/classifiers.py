@@ -1,6 +1,7 @@
 """Image classifiers: any timm model, behind the package's own range of values."""
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def create_classifier(
         "resize": resize,
     }
     if not timm.is_model(architecture):
-        close = timm.list_models(f"*{architecture[:6]}*")[:5]
+        close = get_close_matches(architecture, timm.list_models(), 5)
         raise SdaError(f"timm has no model named {architecture!r}; close names: {', '.join(close) or 'none'}")
     try:
         model = timm.create_model(architecture, pretrained=pretrained, num_classes=len(classes), **options)

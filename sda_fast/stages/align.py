@@ -111,7 +111,7 @@ def align(
     make_projection(model, settings)  # wrong settings must fail before the folder is made
     if Path(output).resolve().is_relative_to(Path(input).resolve()):
         raise SdaError(f"--output {output} lies in --input {input}: a second call would project projections; move it")
-    origin = {"input": str(input), "input_made_with": made_with(input)}
+    origin = {"input": str(Path(input).resolve()), "input_made_with": made_with(input)}
     weights = {"adm": file_sha256(adm)}
     recorded = {**asdict(settings), "image_size": model.image_size, **origin, "weights": weights}
     out = open_output(output, "align", recorded)

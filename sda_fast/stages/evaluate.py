@@ -66,9 +66,9 @@ def evaluate(
 
     weights = {"model": file_sha256(model), "finetuned": file_sha256(finetuned) if finetuned else None}
     settings = {
-        "input": str(input),
+        "input": str(Path(input).resolve()),
         "input_made_with": made_with(input),
-        "projections": {kind: str(folders[kind]) for kind in pairs},
+        "projections": {kind: str(Path(folders[kind]).resolve()) for kind in pairs},
         "projections_made_with": {kind: made_with(folders[kind]) for kind in pairs},
         "methods": chosen,
         "mode": mode,

@@ -41,7 +41,9 @@ def test_every_single_step_matches_the_original(load_reference, load_weights, na
         errors.append(float((ours - expected).abs().mean()))
         x = expected
     assert len(errors) == 50
-    assert max(errors) <= 1e-6, f"largest mean error of a step {max(errors):.1e}, at step {errors.index(max(errors)) + 1}"
+    assert max(errors) <= 1e-6, (
+        f"largest mean error of a step {max(errors):.1e}, at step {errors.index(max(errors)) + 1}"
+    )
 
 
 @pytest.mark.parametrize(("channels", "variance"), [(6, "learned_range"), (3, "fixed_large")])

@@ -19,7 +19,9 @@ def test_tables_match_the_original(load_reference, respacing):
     expected = {key.rsplit("/", 1)[1]: t for key, t in tensors.items() if key.rsplit("/", 1)[0] == respacing}
     assert len(expected) == 10
     for name, table in expected.items():
-        torch.testing.assert_close(getattr(schedule, name), table, rtol=1e-12, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            getattr(schedule, name), table, rtol=1e-12, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize(

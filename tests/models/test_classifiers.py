@@ -40,7 +40,7 @@ def test_the_model_sees_images_normalised_as_it_was_trained():
 
 
 def test_an_unknown_name_is_refused_with_close_ones():
-    with pytest.raises(SdaError, match="no model named 'resnet18x'.*resnet18"):
+    with pytest.raises(SdaError, match=r"no model named 'resnet18x'.*resnet18"):
         create_classifier("resnet18x", CLASSES)
     with pytest.raises(SdaError, match="no model named 'qqq'; close names: none"):
         create_classifier("qqq", CLASSES)

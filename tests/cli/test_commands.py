@@ -1,0 +1,123 @@
+import json
+import re
+
+import pytest
+
+import sda_fast
+from sda_fast.photos.dataset import CLASSES
+
+COMMANDS = (
+    "synthesize",
+    "align",
+    "finetune",
+    "evaluate",
+    "run",
+    "demo",
+    "photos",
+    "train-photos",
+    "bench",
+    "doctor",
+)
+REPORTING = [command for command in COMMANDS if command != "train-photos"]
+
+
+@pytest.fixture
+def images(tmp_path, write_images):
+    return write_images(tmp_path / "images", ["fog/3/ant/1.png", "fog/3/cow/2.jpg", "snow/1/cow/3.png"], size=(20, 24))
+
+
+def test_help_lists_every_command(cli):
+    said = cli("--help")
+    assert said.code == 0
+    listed = re.findall(r"^  ([a-z-]+)  ", said.out.partition("Commands:")[2], flags=re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+    assert "--debug" in said.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(cli, command):
+    said = cli(command, "--help")
+    assert (said.code, said.err) == (0, "")
+    assert f"sda-fast {command} [OPTIONS]" in said.out
+    assert ("--json" in said.out) == (command in REPORTING)
+    for option in re.findall(r"^  (?:-\w, )?(--[a-z-]+)(.*)", said.out, flags=re.MULTILINE):
+        assert option[1].strip(), f"{option[0]} has no help"
+
+
+def test_version(cli):
+    said = cli("--version")
+    assert (said.code, said.out, said.err) == (0, f"sda-fast {sda_fast.__version__}\n", "")
+
+
+def test_the_stages_one_after_the_other(tmp_path, cli, tiny, images):
+    """Each command with --json prints one object and nothing else; without it, a sentence."""
+    raw, aligned, tuned = tmp_path / "raw", tmp_path / "aligned", tmp_path / "tuned"
+    dda, pure = tmp_path / "dda", tmp_path / "diffpure"
+    quick = ("--respacing", "10", "--start", "3")
+    commands = {
+        f"6 images in {raw} (0 made now).": (
+            *("synthesize", "--output", raw, "--dit", tiny.dit, "--per-class", 2),
+            *("--respacing", 10, "--clip", "--cfg-scale", 1.5, "--batch-size", 4, "--seed", 3),
+        ),
+        f"6 images in {aligned} (0 projected now).": (
+            *("align", "-i", raw, "-o", aligned, "--adm", tiny.adm, *quick),
+            *("--norm", "batch", "--norm-group", 2, "--batch-size", 4, "--factor", 2, "--scale", 3),
+        ),
+        f"{tuned / 'model.safetensors'}: 20 epochs of 6 images.": (
+            *("finetune", "-i", aligned, "-o", tuned, "--model", tiny.resnet, "--recipe", "photos"),
+        ),
+        f"3 images in {dda} (0 projected now).": ("align", "-i", images, "-o", dda, "--adm", tiny.adm, *quick),
+        f"3 images in {pure} (0 projected now).": (
+            *("align", "-i", images, "-o", pure, "--adm", tiny.adm, *quick, "--projection", "diffpure"),
+        ),
+    }
+    for sentence, command in commands.items():
+        said = cli(*command, "--json")
+        assert (said.code, said.err) == (0, "")
+        assert isinstance(json.loads(said.out), dict)
+        said = cli(*command)
+        assert (said.code, said.out, said.err) == (0, f"{sentence}\n", "")
+
+    options = ("--model", tiny.resnet, "--finetuned", tuned / "model.safetensors", "--projection", f"dda={dda}")
+    command = ("evaluate", "-i", images, "-o", tmp_path / "results", *options, "--projection", f"diffpure={pure}")
+    said = cli(*command, "--json")
+    assert (said.code, said.err) == (0, "")
+    rows = json.loads(said.out)["rows"]
+    assert [row["method"] for row in rows] == ["Source", "DiffPure", "DDA", "SDA"] * 2
+    assert {(row["corruption"], row["severity"], row["images"]) for row in rows} == {("fog", 3, 2), ("snow", 1, 1)}
+    said = cli(*command)
+    assert said.code == 0
+    assert "Accuracy of resnet in percent" in said.out
+    chosen = ("--method", "sda", "--ensemble", "confidence", "--batch-size", 2)
+    said = cli("evaluate", "-i", images, "-o", tmp_path / "one", *options, *chosen, "--json")
+    assert [row["method"] for row in json.loads(said.out)["rows"]] == ["SDA"] * 2
+
+
+def test_classes_from_a_file_and_only_some_of_them(tmp_path, cli, tiny, pictures):
+    (tmp_path / "names.txt").write_text("x\ny\n\nz\n")
+    nameless = tiny.save("dit", "unnamed")
+    options = ("--output", tmp_path / "out", "--dit", nameless, "--per-class", 1, "--respacing", 10)
+    said = cli("synthesize", *options, "--classes", tmp_path / "names.txt", "--only", "z", "--only", "x")
+    assert said.code == 0, said.err
+    assert list(pictures(tmp_path / "out")) == ["x/00000.png", "z/00000.png"]
+
+
+def test_photos(tmp_path, cli, pictures):
+    command = ("photos", "-o", tmp_path / "out", "--per-class", 1, "--severity", 3, "--corruption", "fog")
+    said = cli(*command, "--json")
+    assert (said.code, said.err) == (0, "")
+    assert json.loads(said.out) == {"images": 2 * len(CLASSES), "output": str(tmp_path / "out")}
+    expected = {f"{folder}/{name}/000.png" for folder in ("clean", "fog/3") for name in CLASSES}
+    assert set(pictures(tmp_path / "out")) == expected
+    assert cli(*command).out == f"{2 * len(CLASSES)} patches in {tmp_path / 'out'}.\n"
+
+
+def test_doctor(cli):
+    said = cli("doctor", "--json")
+    assert (said.code, said.err) == (0, "")
+    findings = json.loads(said.out)["findings"]
+    lines = cli("doctor").out.splitlines()
+    assert len(lines) == len(findings) > 4
+    for line, finding in zip(lines, findings, strict=True):
+        assert line.startswith("ok " if finding["works"] else "no ")
+        assert finding["part"] in line
