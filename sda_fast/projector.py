@@ -1,5 +1,6 @@
 """Projections onto the diffusion model's own domain: DDA's guided one (also SDA's) and DiffPure's plain one."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -37,12 +38,17 @@ class _Reverse:
             raise SdaError(f"batch_size={batch_size} is out of range: give at least 1")
         if adm.num_classes is not None:
             raise SdaError("this ADM is class-conditional; projections need an unconditional one")
-        self.adm, self.schedule, self.start, self.noise_index = adm, schedule, start, noise_index
+        self.adm, self.schedule, self.start, self.noise_index = adm.eval(), schedule, start, noise_index
         self.batch_size, self.seed = batch_size, seed
 
-    def _step(self, i: int, batch: Batch, x: Tensor, images: Tensor, noise: Tensor) -> Tensor:
+    def _step(self, i: int, batch: Batch, x: Tensor, guide: Tensor | None, noise: Tensor) -> Tensor:
         raise NotImplementedError  # the subclasses' one method
 
+    def _guide(self, images: Tensor) -> Tensor | None:
+        """What the steps of a batch look at of its images, computed once."""
+        return None
+
+    @torch.no_grad()  # as a decorator: inside the generator it would hold for the caller between two steps
     def steps(
         self, images: Tensor, noise: Tensor | None = None, seeds: Sequence[int] | Tensor | None = None
     ) -> Iterator[Tensor]:
@@ -53,16 +59,15 @@ class _Reverse:
         if not parts:
             yield images
             return
-        references = [part.take(images) for part in parts]
-        with torch.no_grad():
-            xs = [
-                q_sample(self.schedule, self.noise_index, reference, source(part, 0, reference))
-                for part, reference in zip(parts, references, strict=True)
-            ]
-            for k, i in enumerate(reversed(range(self.start)), 1):
-                for j, (part, reference) in enumerate(zip(parts, references, strict=True)):
-                    xs[j] = self._step(i, part, xs[j], reference, source(part, k, reference))
-                yield torch.cat([x[: part.real] for x, part in zip(xs, parts, strict=True)])
+        xs, guides = [], []
+        for part in parts:
+            x0 = part.take(images)
+            xs.append(q_sample(self.schedule, self.noise_index, x0, source(part, 0, x0)))
+            guides.append(self._guide(x0))
+        for k, i in enumerate(reversed(range(self.start)), 1):
+            for j, part in enumerate(parts):
+                xs[j] = self._step(i, part, xs[j], guides[j], source(part, k, xs[j]))
+            yield torch.cat([x[: part.real] for x, part in zip(xs, parts, strict=True)])
 
     def __call__(
         self, images: Tensor, noise: Tensor | None = None, seeds: Sequence[int] | Tensor | None = None
@@ -88,6 +93,10 @@ class Projector(_Reverse):
     network pass takes, the last batch padded; None takes all at once. As published, images are noised at index N
     and the first reverse step is told N - 1.
 
+    An image's projection depends on its pixels, its seed, these settings and, in last bits, on batch_size and the number
+    of CPU threads. With one thread (`torch.set_num_threads(1)`, as in the stages) it does not depend on the images
+    beside it; with several, libraries may round differently from position to position.
+
     Gao et al. 2023, algorithm 1. Raises SdaError for settings out of range.
     """
 
@@ -111,6 +120,8 @@ class Projector(_Reverse):
             raise SdaError(f'precision {precision!r} is not known to the eager engine; it has "fp32"')
         if norm not in ("image", "batch"):
             raise SdaError(f'norm {norm!r} is not known; choose "image" or "batch"')
+        if not 0 <= scale < math.inf:
+            raise SdaError(f"scale={scale} is out of range: 0 is no guidance, 6 the published strength")
         if norm_group < 1:
             raise SdaError(f"norm_group={norm_group} is out of range: give at least 1")
         if norm == "batch" and batch_size is not None and batch_size % norm_group:
@@ -121,14 +132,18 @@ class Projector(_Reverse):
         self.lowpass = LowPass(adm.image_size, factor)
         self.scale, self.norm, self.norm_group = scale, norm, norm_group
 
-    def _step(self, i: int, batch: Batch, x: Tensor, images: Tensor, noise: Tensor) -> Tensor:
+    def _guide(self, images: Tensor) -> Tensor:
+        return self.lowpass.down(images)
+
+    def _step(self, i: int, batch: Batch, x: Tensor, guide: Tensor | None, noise: Tensor) -> Tensor:
+        assert guide is not None
         return guided_step(
             self.adm,
             self.schedule,
             self.lowpass,
             i,
             x,
-            self.lowpass.down(images),
+            guide,
             noise,
             self.scale,
             self.norm,
@@ -154,5 +169,5 @@ class Purifier(_Reverse):
     ):
         super().__init__(adm, Schedule.linear(respacing), start, start - 1, batch_size, seed)
 
-    def _step(self, i: int, batch: Batch, x: Tensor, images: Tensor, noise: Tensor) -> Tensor:
+    def _step(self, i: int, batch: Batch, x: Tensor, guide: Tensor | None, noise: Tensor) -> Tensor:
         return ancestral_step(self.adm, self.schedule, i, x, noise, clip=True)

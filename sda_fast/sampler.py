@@ -1,5 +1,6 @@
 """Class-conditional sampling from a DiT: the synthetic images of SDA's first stage."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,13 +31,13 @@ class Sampler:
         batch_size: int | None = None,
         seed: int = 0,
     ):
-        if cfg_scale < 1.0:
+        if not 1.0 <= cfg_scale < math.inf:
             raise SdaError(f"cfg_scale={cfg_scale} is out of range: 1.0 is no guidance, more is stronger")
         if cfg_scale != 1.0 and not dit.y_embedder.dropout:
             raise SdaError("this DiT has no null class, which guidance needs: use cfg_scale=1.0")
         if batch_size is not None and batch_size < 1:
             raise SdaError(f"batch_size={batch_size} is out of range: give at least 1")
-        self.dit, self.schedule, self.cfg_scale = dit, Schedule.linear(respacing), cfg_scale
+        self.dit, self.schedule, self.cfg_scale = dit.eval(), Schedule.linear(respacing), cfg_scale
         self.clip, self.batch_size, self.seed = clip, batch_size, seed
 
     def __call__(
@@ -53,8 +54,14 @@ class Sampler:
         """
         dit = self.dit
         device = dit.pos_embed.device
-        labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
-        if labels.ndim != 1 or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < dit.num_classes):
+        labels = torch.as_tensor(labels, device=device)
+        integers = not labels.is_floating_point() or not len(labels)
+        labels = labels.to(torch.int64)
+        if (
+            not integers
+            or labels.ndim != 1
+            or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < dit.num_classes)
+        ):
             raise SdaError(f"labels must be [N] integers from 0 to {dit.num_classes - 1}")
         blank = torch.empty(len(labels), dit.in_channels, dit.input_size, dit.input_size, device=device)
         source = Noise(blank, self.seed, seeds, noise, len(self.schedule) + 1)

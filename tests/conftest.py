@@ -4,7 +4,7 @@ models, folders of random pictures, and the command line."""
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,10 @@ def load_weights() -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 CLASSES = ("ant", "bee", "cow")
 ADM_CONFIG = {
     "image_size": 16,
+    "in_channels": 3,
+    "out_channels": 6,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
     "model_channels": 32,
     "channel_mult": [1, 2],
     "num_res_blocks": 1,
@@ -132,6 +136,15 @@ def pictures() -> Callable[[Path], dict[str, bytes]]:
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
     return read
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The number of CPU threads that the stages compute with; it shows in the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sda_fast.errors import SdaError
 Input = Annotated[Path, typer.Option("--input", "-i", help="Folder of images.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; resumed if it exists.")]
 Device = Annotated[str, typer.Option(help='Torch device, such as "cpu" or "cuda".')]
-Workers = Annotated[int, typer.Option(help="Processes on this machine; results do not depend on it.")]
+Workers = Annotated[int, typer.Option(help="Processes, of one CPU thread each; results do not depend on it.")]
 Seed = Annotated[int, typer.Option(min=0, help="Key of all noise.")]
 BatchSize = Annotated[int, typer.Option(help="Images per network pass; changes last bits only.")]
 Preset = Annotated[str | None, typer.Option(help="How published weights are built, such as imagenet256.")]

@@ -206,6 +206,8 @@ class ADM(nn.Module):
 
         Returns [N, out_channels, H, W]: the predicted noise, then the variance channels in [-1, 1] where learned.
         """
+        if y is not None and self.num_classes is None:
+            raise ValueError("this ADM is unconditional: leave y out")
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         if self.num_classes is not None:
             if y is None:

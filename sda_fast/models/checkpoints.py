@@ -1,7 +1,6 @@
 """Weights in and out: safetensors, and pickled state dicts read without running what they may carry."""
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,7 +109,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise SdaError(f"checkpoint {path} has suffix {path.suffix!r}; known are .safetensors, .pt, .pth and .ckpt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged pickle raises nearly anything: IndexError, KeyError, struct.error, ...
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise SdaError(f"checkpoint {path} is damaged or holds more than tensors ({reason}); fetch it again") from error
     for wrapper in ("state_dict", "model", "ema"):

@@ -73,7 +73,7 @@ def write_grid(folders: Mapping[str, str], path: Path, rows: int = 15) -> Path |
     for file in target:
         groups.setdefault("/".join(file.name.split("/")[:-2]), []).append(file)
     clean = {"/".join(file.key.split("/")[-2:]): file for file in groups.pop("clean", [])}
-    chosen = [(group, files[(7 * i) % len(files)]) for i, (group, files) in enumerate(groups.items())][:rows]
+    chosen = [(name, files[i * len(files) // len(groups)]) for i, (name, files) in enumerate(groups.items())][:rows]
     if not chosen:
         return None
     columns = []

@@ -51,7 +51,9 @@ def run_batches(
     """Do every batch with the work that `make(*arguments)` returns; progress counts `total` keys.
 
     With several workers, each process calls `make` once and takes batches as it becomes free; `make` and
-    `arguments` must be picklable. The first error stops the run; what is written stays.
+    `arguments` must be picklable. Every process, and this one if it works alone, computes with one CPU thread:
+    libraries split their sums by the number of threads, which would show in the last bits. The first error stops
+    the run; what is written stays.
     """
     if workers < 1:
         raise SdaError(f"--workers {workers} is out of range: give at least 1")
@@ -66,14 +68,18 @@ def _run(
     batches: Sequence[list[str]], make: Callable[..., Work], arguments: tuple[Any, ...], workers: int
 ) -> Generator[list[str], None, None]:
     if workers <= 1:
-        work = make(*arguments) if batches else None
-        for batch in batches:
-            assert work is not None
-            work(batch)
-            yield batch
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            work = make(*arguments) if batches else None
+            for batch in batches:
+                assert work is not None
+                work(batch)
+                yield batch
+        finally:
+            torch.set_num_threads(threads)
         return
-    threads = max(1, torch.get_num_threads() // workers)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _initialise, (threads, make, arguments))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _initialise, (make, arguments))
     try:
         with _ctrl_c_ignored():
             futures: dict[Future[None], list[str]] = {pool.submit(_do, batch): batch for batch in batches}
@@ -106,9 +112,9 @@ def _ctrl_c_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _initialise(threads: int, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+def _initialise(make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
     global _make
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     _make = functools.partial(make, *arguments)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -5,6 +5,7 @@ import pytest
 
 import sda_fast
 from sda_fast.photos.dataset import CLASSES
+from sda_fast.stages.recipes import RECIPES
 
 COMMANDS = (
     "synthesize",
@@ -63,7 +64,7 @@ def test_the_stages_one_after_the_other(tmp_path, cli, tiny, images):
             *("align", "-i", raw, "-o", aligned, "--adm", tiny.adm, *quick),
             *("--norm", "batch", "--norm-group", 2, "--batch-size", 4, "--factor", 2, "--scale", 3),
         ),
-        f"{tuned / 'model.safetensors'}: 20 epochs of 6 images.": (
+        f"{tuned / 'model.safetensors'}: {RECIPES['photos'].epochs} epochs of 6 images.": (
             *("finetune", "-i", aligned, "-o", tuned, "--model", tiny.resnet, "--recipe", "photos"),
         ),
         f"3 images in {dda} (0 projected now).": ("align", "-i", images, "-o", dda, "--adm", tiny.adm, *quick),

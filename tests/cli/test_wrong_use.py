@@ -128,7 +128,7 @@ def places(tmp_path, tiny, write_images):
     (tmp_path / "empty").mkdir()
     for suffix in ("pt", "safetensors", "zip"):
         (tmp_path / f"text.{suffix}").write_text("neither weights nor settings\n")
-    (tmp_path / "code.pt").write_bytes(pickle.dumps(print))
+    (tmp_path / "code.pt").write_bytes(pickle.dumps(print, protocol=2))
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     (tmp_path / "run.toml").write_text('outptu = "x"\n')
     named = ("images", "folder", "dogs", "tinier", "twins", "broken", "torn", "empty", "text", "code", "list", "none")

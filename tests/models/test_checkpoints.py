@@ -80,7 +80,7 @@ def test_other_suffixes(tmp_path):
         load_adm(path)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "cut short", "empty", "text"])
+@pytest.mark.parametrize("damage", ["truncated", "cut short", "empty", "hollow", "text"])
 @pytest.mark.parametrize("form", [".safetensors", ".pt", "old .pt"])
 def test_damaged_files(tiny, presets, tmp_path, form, damage):
     path = tmp_path / f"damaged.{form.split('.')[1]}"
@@ -89,7 +89,13 @@ def test_damaged_files(tiny, presets, tmp_path, form, damage):
     else:
         torch.save(load_file(tiny.adm), path, _use_new_zipfile_serialization=form == ".pt")
         content = path.read_bytes()
-    cut = {"truncated": content[: len(content) // 2], "cut short": content[:-1], "empty": b"", "text": b"<html>gone\n"}
+    cut = {
+        "truncated": content[: len(content) // 2],
+        "cut short": content[:-1],
+        "empty": b"",
+        "hollow": b"\x80\x02.",
+        "text": b"<html>gone\n",
+    }
     path.write_bytes(cut[damage])
     with pytest.raises(SdaError, match=r"damaged\.\w+ is damaged"):
         load_adm(path, "tiny")
@@ -105,7 +111,9 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))]
+)
 def test_pickles_run_no_code(presets, tmp_path, save):
     path, proof = tmp_path / "trap.pt", tmp_path / "ran"
     save({"state_dict": {"input_blocks.0.0.weight": torch.ones(1)}, "trap": Trap(proof)}, path)

@@ -1,11 +1,13 @@
 import json
+from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sda_fast.data import read_image
-from sda_fast.report import make_row
+from sda_fast.report import make_row, run
 from sda_fast.report.run import environment, write_grid, write_run_report
 
 METHODS = ("Source", "DiffPure", "DDA", "SDA", "SDA, not aligned")
@@ -67,11 +69,6 @@ def test_a_single_method_and_no_corruption(tmp_path, folders, write_images):
     ids=["clean", "some clean ones missing", "none clean"],
 )
 def test_the_grid_has_an_original_only_where_there_is_one(tmp_path, folders, remove, columns, monkeypatch):
-    from pathlib import Path
-    from shutil import rmtree
-
-    from sda_fast.report import run
-
     for name in remove:
         path = Path(folders["target"], name)
         path.unlink() if path.is_file() else rmtree(path)

@@ -5,6 +5,8 @@ import signal
 import time
 from pathlib import Path
 
+import torch
+
 from sda_fast.errors import SdaError
 
 
@@ -12,6 +14,13 @@ def writer(folder: Path):
     def work(keys):
         for key in keys:
             (folder / key).write_text(str(os.getpid()))
+
+    return work
+
+
+def counting(folder: Path):
+    def work(keys):
+        (folder / keys[0]).write_text(str(torch.get_num_threads()))
 
     return work
 

@@ -54,6 +54,7 @@ def read_image_bytes(data):
 
 
 @pytest.mark.parametrize("settings", [IMAGE, BATCH, DIFFPURE], ids=["image", "batch", "diffpure"])
+@pytest.mark.usefixtures("one_thread")
 def test_files_mirror_the_input_and_hold_what_the_projector_makes(tmp_path, images, tiny, pictures, settings):
     summary = align(images, tmp_path / "out", tiny.adm, settings)
     assert summary == {"images": 7, "projected": 7, "output": str(tmp_path / "out")}
@@ -187,7 +188,7 @@ def test_the_manifest_says_what_was_done(tmp_path, images, tiny, settings):
         "batch_size": settings.batch_size,
         "seed": 0,
         "image_size": 16,
-        "input": str(images),
+        "input": str(images.resolve()),
         "input_made_with": None,
         "weights": {"adm": file_sha256(tiny.adm)},
     }

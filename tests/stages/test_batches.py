@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sda_fast.errors import SdaError
 from sda_fast.stages.batches import plan, run_batches
@@ -56,6 +57,19 @@ def test_batches_are_done_in_order_by_work_made_once():
     run(make, "x", [["a", "b"], ["c"], ["d"]])
     assert made == ["x"]
     assert seen == [["a", "b"], ["c"], ["d"]]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_process_computes_with_one_thread(tmp_path, work, workers):
+    """Otherwise last bits would depend on the number of workers and of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run(work.counting, tmp_path, [["a"], ["b"]], workers=workers)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert {file.read_text() for file in tmp_path.iterdir()} == {"1"}
 
 
 def test_nothing_is_made_where_nothing_is_to_do():
