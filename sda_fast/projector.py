@@ -94,8 +94,8 @@ class Projector(_Reverse):
     and the first reverse step is told N - 1.
 
     An image's projection depends on its pixels, its seed, these settings and, in last bits, on batch_size and the
-    number of CPU threads. With one thread (`torch.set_num_threads(1)`, as in the stages) it does not depend on the images
-    beside it; with several, libraries may round differently from position to position.
+    number of CPU threads. With one thread (`torch.set_num_threads(1)`, as in the stages) it does not depend on the
+    images beside it; with several, libraries may round differently from position to position.
 
     Gao et al. 2023, algorithm 1. Raises SdaError for settings out of range.
     """
