@@ -28,15 +28,6 @@ def dit(tiny):
     return load_dit(tiny.dit)
 
 
-@pytest.fixture
-def one_thread():
-    """Bits may change with the number of threads; what they may not change with is tested at one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
 def test_ten_steps_match_the_original(original, batch_size):
     dit, tensors, meta = original

@@ -1,14 +1,11 @@
 """How the scores of an image and of its projection become one prediction."""
 
-from typing import Literal, get_args
-
 from torch import Tensor
 
 from sda_fast.errors import SdaError
-from sda_fast.reference.ensembles import combine
+from sda_fast.reference.ensembles import MODES, Mode, combine
 
-Mode = Literal["sum", "first", "second", "entropy", "confidence", "var", "entropy_sum", "confidence_sum"]
-MODES: tuple[Mode, ...] = get_args(Mode)
+__all__ = ["MODES", "Mode", "combine_scores"]
 
 
 def combine_scores(original: Tensor, projected: Tensor, mode: Mode = "sum") -> Tensor:

@@ -19,15 +19,6 @@ def adm(tiny):
     return load_adm(tiny.adm)
 
 
-@pytest.fixture
-def one_thread():
-    """With more threads libraries cut a batch between images and round differently on either side."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def guided(adm, batch_size):
     return Projector(adm, batch_size=batch_size, **SHORT)
 
