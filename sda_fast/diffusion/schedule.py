@@ -41,6 +41,19 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
     return chosen
 
 
+# The columns of `Schedule.step_table`, as csrc/step_table.h and the kernels count them.
+STEP_COLUMNS = (
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "log_variance_low",  # of betatilde, clipped
+    "log_variance_high",  # of beta
+    "noise_scale",  # zero at index 0, where the mean is taken, else one
+    "timestep",  # of the original 1000
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """Tables of a diffusion process, float64 [steps], index 0 the least noisy; names as in guided-diffusion.
@@ -94,3 +107,22 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.timestep_map)
+
+    def step_table(self, device: torch.device | str = "cpu") -> Tensor:
+        """All coefficients of a reverse step, float32 [steps, 8], columns as `STEP_COLUMNS`.
+
+        The operators read them on the device by the step's index, so that one captured graph serves every step.
+        """
+        noise_scale = torch.ones_like(self.betas)
+        noise_scale[0] = 0
+        columns = (
+            self.sqrt_recip_alphas_cumprod,
+            self.sqrt_recipm1_alphas_cumprod,
+            self.posterior_mean_coef1,
+            self.posterior_mean_coef2,
+            self.posterior_log_variance_clipped,
+            self.betas.log(),
+            noise_scale,
+            self.timestep_map.double(),
+        )
+        return torch.stack(columns, 1).to(device, torch.float32).contiguous()

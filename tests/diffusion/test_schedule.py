@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sda_fast.diffusion import Schedule
-from sda_fast.diffusion.schedule import space_timesteps
+from sda_fast.diffusion.schedule import STEP_COLUMNS, space_timesteps
 from sda_fast.errors import SdaError
 from sda_fast.reference import linear_schedule
 from sda_fast.reference.diffusion import spaced_steps
@@ -68,3 +68,16 @@ def test_impossible_respacing_is_refused(respacing, problem):
     with pytest.raises(SdaError, match=problem) as error:
         Schedule.linear(respacing)
     assert repr(respacing) in str(error.value)
+
+
+def test_step_table():
+    schedule = Schedule.linear("100")
+    table = schedule.step_table()
+    assert (table.shape, table.dtype) == ((100, len(STEP_COLUMNS)), torch.float32)
+    named = dict(zip(STEP_COLUMNS, table.double().T, strict=True))
+    for name in STEP_COLUMNS[:4]:
+        torch.testing.assert_close(named[name], getattr(schedule, name), rtol=1e-7, atol=0)
+    torch.testing.assert_close(named["log_variance_high"].exp(), schedule.betas, rtol=1e-6, atol=0)
+    torch.testing.assert_close(named["log_variance_low"][1:].exp(), schedule.posterior_variance[1:], rtol=1e-6, atol=0)
+    assert named["noise_scale"].tolist() == [0] + [1] * 99
+    assert named["timestep"].tolist() == schedule.timestep_map.tolist()

@@ -1,0 +1,173 @@
+"""One way of measuring for every operator: parity first, then times taken in turn, one JSON row per measurement.
+
+A script `bench_<op>.py` yields `Case`s and ends with `main(cases)`:
+
+    python benchmarks/bench_<op>.py [--device cpu|cuda] [--tiny] [--repeats N] [--output FOLDER]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+CPU_FLUSH, GPU_FLUSH = 2**26, 2**28  # bytes written between two measurements, more than any cache holds
+COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: `run` against `baseline`, allowed only if `error()` stays within `tolerance`.
+
+    bytes: what the operator must read and write, counted from its shapes. error: the largest difference of `run`'s
+    result from the float32 oracle, in the unit that `tolerance` is given in.
+    """
+
+    op: str
+    backend: str
+    shape: list[int]
+    dtype: str
+    layout: str
+    run: Callable[[], Any]
+    bytes: int
+    error: Callable[[], float]
+    tolerance: float
+    baseline: Callable[[], Any] | None = None
+    baseline_name: str = "plain"
+
+
+def main(cases: Callable[[str, bool], Iterable[Case]]) -> None:
+    """Measure the cases of `cases(device, tiny)`, print a line for each and append the rows to <output>/<op>.jsonl."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--tiny", action="store_true", help="small shapes: does it run at all?")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--output", type=Path, help="folder that takes the rows")
+    options = parser.parse_args()
+    failed = False
+    for case in cases(options.device, options.tiny):
+        row = measure(case, options.device, options.repeats)
+        failed |= row["error"] > row["tolerance"]
+        print(_line(row), flush=True)
+        if options.output is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+            with (options.output / f"{case.op}.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    sys.exit(1 if failed else 0)
+
+
+def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
+    """One row. Where parity fails it holds no times."""
+    _wait(device)
+    started = time.perf_counter()
+    case.run()
+    _wait(device)
+    row: dict[str, Any] = {
+        "benchmark": case.op,
+        "backend": case.backend,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "unit": "ms",
+        "first_call_ms": round(1e3 * (time.perf_counter() - started), 3),
+        "error": case.error(),
+        "tolerance": case.tolerance,
+        **environment(device),
+    }
+    if not row["error"] <= case.tolerance:
+        return row
+    calls = [case.run] if case.baseline is None else [case.run, case.baseline]
+    ours, *theirs = interleaved(calls, device, repeats)
+    p20, p50, p80 = statistics.quantiles(ours, n=10)[1::3] if len(ours) > 1 else (ours[0],) * 3
+    rate = case.bytes / p50 / 1e6
+    row |= {"p20": p20, "p50": p50, "p80": p80, "bytes": case.bytes, "gb_per_s": rate}
+    row |= {"copy_gb_per_s": copy_rate(device), "fraction_of_copy": rate / copy_rate(device)}
+    if theirs:
+        median = statistics.median(theirs[0])
+        row |= {"baseline": case.baseline_name, "baseline_p50": median, "speedup": median / p50}
+    return row
+
+
+def interleaved(calls: list[Callable[[], Any]], device: str, repeats: int) -> list[list[float]]:
+    """Milliseconds of each call with cold caches, taken in turn so that a drifting machine favours none."""
+    flush = torch.empty(CPU_FLUSH if device == "cpu" else GPU_FLUSH, dtype=torch.int8, device=device)
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(repeats):
+        for taken, call in zip(times, calls, strict=True):
+            flush.zero_()
+            taken.append(_milliseconds(call, device))
+    return times
+
+
+def _milliseconds(call: Callable[[], Any], device: str) -> float:
+    if device == "cpu":
+        started = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - started)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+@cache
+def copy_rate(device: str) -> float:
+    """GB/s of copying memory on the device, read plus written, the median of ten."""
+    source = torch.empty(COPY_BYTES[device], dtype=torch.int8, device=device).zero_()
+    target = torch.empty_like(source)
+    (times,) = interleaved([lambda: target.copy_(source)], device, 10)
+    return 2 * source.numel() / statistics.median(times) / 1e6
+
+
+@cache
+def environment(device: str) -> dict[str, Any]:
+    """What a row must say of where it was measured."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    triton = sys.modules.get("triton")
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": getattr(triton, "__version__", None),
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "commit": commit or None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "CPU"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _line(row: dict[str, Any]) -> str:
+    shape = "x".join(map(str, row["shape"]))
+    head = f"{row['benchmark']:<16} {row['backend']:<7} {shape:<18} {row['dtype']:<8} {row['layout']:<13}"
+    if "p50" not in row:
+        return f"{head} PARITY FAILED: error {row['error']:.1e}, allowed {row['tolerance']:.1e}; not timed"
+    text = f"{head} {row['p50']:8.3f} ms  {row['gb_per_s']:7.1f} GB/s ({row['fraction_of_copy']:.0%} of copy)"
+    if "speedup" in row:
+        text += f"  {row['speedup']:.2f}x {row['baseline']}"
+    return f"{text}  (error {row['error']:.1e})"
