@@ -1,8 +1,7 @@
 """What works on this machine, and for what does not, the one command that would change it."""
 
-import importlib.util
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
@@ -29,19 +28,25 @@ def diagnose() -> list[dict[str, Any]]:
     return findings
 
 
+# By distribution, not by module: the older imagecorruptions has the module of the one we need.
 _OPTIONAL = (
-    ("Triton kernels", "triton", "pip install triton"),
-    ("photographs testbed", "imagecorruptions", 'pip install "sda-fast[photos]"'),
+    ("Triton kernels", ("triton",), "pip install triton"),
+    (
+        "photographs testbed",
+        ("scikit-image", "scikit-learn", "imagecorruptions-imaug"),
+        'pip install "sda-fast[photos]"',
+    ),
 )
 
 
-def _optional(part: str, module: str, command: str) -> dict[str, Any]:
-    if importlib.util.find_spec(module) is None:
-        return _finding(part, False, f"not installed: {command}")
-    try:
-        return _finding(part, True, f"{module} {version(module)}")
-    except Exception:  # installed under another distribution name
-        return _finding(part, True, f"{module} is installed")
+def _optional(part: str, distributions: tuple[str, ...], command: str) -> dict[str, Any]:
+    found = []
+    for name in distributions:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            return _finding(part, False, f"{name} is not installed: {command}")
+    return _finding(part, True, ", ".join(found))
 
 
 def _finding(part: str, works: bool, detail: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 import builtins
-import importlib.util
 import json
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -35,16 +35,23 @@ def test_what_works_here():
 
 
 @pytest.mark.parametrize(
-    ("part", "module", "command"),
+    ("part", "distribution", "command"),
     [
         ("Triton kernels", "triton", "pip install triton"),
-        ("photographs testbed", "imagecorruptions", 'pip install "sda-fast[photos]"'),
+        ("photographs testbed", "scikit-learn", 'pip install "sda-fast[photos]"'),
+        ("photographs testbed", "imagecorruptions-imaug", 'pip install "sda-fast[photos]"'),
     ],
 )
-def test_what_is_missing_comes_with_the_command(monkeypatch, part, module, command):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == module else find(name, *a))
-    assert findings()[part] == {"part": part, "works": False, "detail": f"not installed: {command}"}
+def test_what_is_missing_comes_with_the_command(monkeypatch, part, distribution, command):
+    find = doctor.version
+
+    def version(name):
+        if name == distribution:
+            raise PackageNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(doctor, "version", version)
+    assert findings()[part] == {"part": part, "works": False, "detail": f"{distribution} is not installed: {command}"}
 
 
 def test_without_the_compiled_module(monkeypatch):

@@ -194,7 +194,9 @@ def run(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("runs/demo"),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write [runs/demo, with --full runs/full].")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="All 1400 test patches under every corruption (hours).")] = False,
     per_class: Annotated[int | None, typer.Option(help="Test patches of every class and corruption.")] = None,
     workers: Workers = _CORES,
@@ -207,6 +209,7 @@ def demo(
     from sda_fast.report.run import write_run_report
     from sda_fast.stages.pipeline import run as pipeline
 
+    output = output or Path("runs", "full" if full else "demo")
     size = {**(FULL if full else SMALL), **({} if per_class is None else {"per_class": per_class})}
     settings = demo_config(
         output,

@@ -101,10 +101,13 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
-                raw = (file.metadata() or {}).get("sda_fast", "{}")
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(raw)  # noqa: SIM118
+                metadata = json.loads((file.metadata() or {}).get("sda_fast", "{}"))
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError) as error:
             raise SdaError(f"checkpoint {path} is damaged or not safetensors ({error}); fetch it again") from error
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("config", {}), dict):
+            raise SdaError(f"checkpoint {path} has metadata of another form than this package's; write it again")
+        return state, metadata
     if path.suffix not in (".pt", ".pth", ".ckpt"):
         raise SdaError(f"checkpoint {path} has suffix {path.suffix!r}; known are .safetensors, .pt, .pth and .ckpt")
     try:
@@ -162,7 +165,7 @@ def _load_diffusion(
     if preset is not None:
         config = presets[preset]
     elif metadata.get("kind") == name.lower():
-        config = metadata["config"]
+        config = metadata.get("config", {})
     else:
         raise SdaError(
             f"checkpoint {path} does not say how its {name} is built (it looks like {_looks_like(state)}): "
@@ -171,7 +174,7 @@ def _load_diffusion(
     try:
         with torch.device("meta"):
             model = kind(**config)
-    except TypeError as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
         raise SdaError(f"checkpoint {path} describes a model that this version cannot build ({error})") from error
     model.to_empty(device="cpu")
     _fill(model, state, path, f"this {name}")
@@ -202,6 +205,9 @@ def load_classifier(path: str | Path) -> Classifier:
             f"checkpoint {path} does not say which timm model it holds (it looks like {_looks_like(state)}): "
             "give a classifier file written by sda-fast"
         )
-    classifier = create_classifier(**metadata["config"])
-    _fill(classifier, state, path, f"this {metadata['config']['architecture']}")
+    try:
+        classifier = create_classifier(**metadata.get("config", {}))
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise SdaError(f"checkpoint {path} describes a model that this version cannot build ({error})") from error
+    _fill(classifier, state, path, f"this {classifier.config['architecture']}")
     return classifier.eval().requires_grad_(False)

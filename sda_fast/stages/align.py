@@ -114,6 +114,7 @@ def align(
     origin = {"input": str(Path(input).resolve()), "input_made_with": made_with(input)}
     weights = {"adm": file_sha256(adm)}
     recorded = {**asdict(settings), "image_size": model.image_size, **origin, "weights": weights}
+    del model  # every worker loads its own
     out = open_output(output, "align", recorded)
 
     size = settings.norm_group if settings.projection == "dda" and settings.norm == "batch" else 1

@@ -1,8 +1,8 @@
 """Stage "finetune": adapt a classifier to the aligned synthetic images; the second half of SDA's first stage."""
 
 import hashlib
+import io
 import math
-import os
 import random
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sda_fast.data import ImageFile, label_indices, list_images, read_image, to_unit
 from sda_fast.errors import SdaError
+from sda_fast.files import write_bytes
 from sda_fast.models import Classifier, load_classifier, save_checkpoint
 from sda_fast.models.checkpoints import read_checkpoint
 from sda_fast.stages.manifest import Output, file_sha256, open_output
@@ -206,9 +207,9 @@ def _seed_everything(seed: int, epoch: int) -> np.random.Generator:
 
 
 def _save(out: Output, module: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
-    temporary = out.folder / f"{_STATE}.tmp"
-    torch.save({"model": module.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, temporary)
-    os.replace(temporary, out.folder / _STATE)
+    buffer = io.BytesIO()
+    torch.save({"model": module.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, buffer)
+    write_bytes(buffer.getvalue(), out.folder / _STATE)
 
 
 def _restore(out: Output, module: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:

@@ -1,5 +1,6 @@
 """Weights in and out, and every file that must be refused with a sentence naming it."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -177,3 +178,23 @@ def test_a_description_that_cannot_be_built(tiny, tmp_path):
     path = save_checkpoint(tmp_path / "new.safetensors", load_adm(tiny.adm), {"kind": "adm", "config": {"wings": 2}})
     with pytest.raises(SdaError, match=r"new\.safetensors describes a model .*cannot build .*wings"):
         load_adm(path)
+
+
+@pytest.mark.parametrize("metadata", [["adm"], {"kind": "adm", "config": [16]}])
+def test_metadata_of_another_form(tiny, tmp_path, metadata):
+    path = tmp_path / "odd.safetensors"
+    save_file(load_adm(tiny.adm).state_dict(), path, metadata={"sda_fast": json.dumps(metadata)})
+    with pytest.raises(SdaError, match="metadata of another form"):
+        load_adm(path)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"image_size": 16, "channel_mult": []}, {"image_size": 16, "model_channels": 0}]
+)
+def test_configurations_that_build_nothing(tiny, tmp_path, config):
+    path = save_checkpoint(tmp_path / "odd.safetensors", load_adm(tiny.adm), {"kind": "adm", "config": config})
+    with pytest.raises(SdaError, match="cannot build"):
+        load_adm(path)
+    path = save_checkpoint(tmp_path / "odd2.safetensors", load_adm(tiny.adm), {"kind": "classifier", "config": config})
+    with pytest.raises(SdaError, match="cannot build"):
+        load_classifier(path)
