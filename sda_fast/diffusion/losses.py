@@ -23,11 +23,21 @@ def _discretised_nll(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     return -(upper - lower).clamp_min(1e-12).log()
 
 
-def hybrid_loss(out: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, index: Tensor, schedule: Schedule) -> Tensor:
+def hybrid_loss(
+    out: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    noise: Tensor,
+    index: Tensor,
+    schedule: Schedule,
+    min_snr: float | None = None,
+) -> Tensor:
     """L_simple + 0.001 L_vlb of each image, float32 [N].
 
     out [N, 2C, H, W]: predicted noise and variance interpolation; x0 in [-1, 1], x_t and noise [N, C, H, W];
-    index int64 [N] into `schedule`. The bound trains the variance only: the mean is detached in it.
+    index int64 [N] into `schedule`. The bound trains the variance only: the mean is detached in it. min_snr weighs
+    L_simple by min(SNR_t, min_snr) / SNR_t, SNR_t = abar_t / (1 - abar_t), towards high noise (Hang et al. 2023,
+    section 3.3, for predicted noise).
     """
 
     def at(table: Tensor) -> Tensor:
@@ -35,6 +45,9 @@ def hybrid_loss(out: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, index: Tens
 
     eps, v = out.float().chunk(2, dim=1)
     simple = (eps - noise).square().mean((1, 2, 3))
+    if min_snr is not None:
+        # 1 / SNR_t = 1 / abar_t - 1
+        simple = simple * (min_snr * at(schedule.sqrt_recipm1_alphas_cumprod)[:, 0, 0, 0].square()).clamp_max(1)
     low, high = at(schedule.posterior_log_variance_clipped), at(schedule.betas.log())
     logvar = low + (v + 1) / 2 * (high - low)
     pred = at(schedule.sqrt_recip_alphas_cumprod) * x_t - at(schedule.sqrt_recipm1_alphas_cumprod) * eps.detach()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sda_fast.data.quantize import to_unit
 from sda_fast.diffusion.losses import hybrid_loss
@@ -41,7 +42,7 @@ DIT_CONFIG: dict[str, Any] = {
     "in_channels": 3,
     "hidden_size": 144,
     "depth": 6,
-    "num_heads": 4,
+    "num_heads": 3,
     "num_classes": len(CLASSES),
     "learn_sigma": True,
 }
@@ -62,7 +63,13 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
 }
 LossOf = Callable[[nn.Module, Tensor, Tensor], Tensor]  # model, images in [-1, 1], labels -> loss
 MODELS = ("adm", "dit", *CLASSIFIERS)
-STEPS = {"adm": 4000, "dit": 5000, "resnet": 3000, "convnext": 3000}
+STEPS = {"adm": 4000, "dit": 12000, "resnet": 3000, "convnext": 3000}
+# AdamW's peak rate; Muon takes over the matrices of the DiT's blocks, where it learns faster (Jordan et al. 2024).
+RECIPES: dict[str, dict[str, Any]] = {
+    "adm": {"peak": 1e-3, "weight_decay": 0.0, "ema_decay": 0.998},
+    "dit": {"peak": 1e-3, "muon_peak": 2e-3, "weight_decay": 0.0, "ema_decay": 0.999, "min_snr": 5.0},
+    "classifier": {"peak": 2e-3, "weight_decay": 0.05, "ema_decay": 0.99},
+}
 LABEL_SMOOTHING = 0.1  # in source training and in fine-tuning alike, else the more confident model rules the sum
 
 
@@ -76,11 +83,27 @@ def _batches(seed: int, n: int) -> Callable[[], tuple[Tensor, Tensor]]:
     return draw
 
 
-def _learning_rate(step: int, steps: int, peak: float) -> float:
+def _learning_rate(step: int, steps: int) -> float:
+    """As a fraction of the peak."""
     warmup = min(200, steps // 10 + 1)
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _optimizers(
+    model: nn.Module, peak: float, muon_peak: float | None, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or, given `muon_peak`, Muon for the matrices of `blocks` and AdamW for the rest."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if muon_peak is not None and name.startswith("blocks.") and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=peak, weight_decay=weight_decay)]
+    if muon_peak is not None:
+        muon = torch.optim.Muon(matrices, muon_peak, weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    return optimizers
 
 
 def _fit(
@@ -94,26 +117,28 @@ def _fit(
     ema_decay: float,
     seed: int,
     log: Callable[[str], None],
+    muon_peak: float | None = None,
 ) -> tuple[nn.Module, list[list[float]]]:
-    """AdamW with warm-up and cosine decay in bf16 autocast; returns the moving average of the weights and the curve."""
+    """Warm-up and cosine decay in bf16 autocast; returns the moving average of the weights and the curve."""
     draw = _batches(seed, batch)
     device = next(model.parameters()).device
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=peak, weight_decay=weight_decay
-    )
+    optimizers = _optimizers(model, peak, muon_peak, weight_decay)
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     model.train()
     curve, running, started = [], 0.0, time.monotonic()
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, steps, peak)
+        for group, highest in groups:
+            group["lr"] = highest * _learning_rate(step, steps)
         x, labels = (t.to(device) for t in draw())
-        with torch.autocast(device.type, torch.bfloat16):
+        # On the CPU the fused attention's backward is slower than plain products for so few tokens.
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
             loss = loss_of(model, x, labels)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         decay = min(ema_decay, (step + 1) / (step + 10))
         with torch.no_grad():
             for averaged, current in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
@@ -131,7 +156,7 @@ def _fit(
     return average, curve
 
 
-def _diffusion_loss(schedule: Schedule, conditional: bool, generator: torch.Generator) -> LossOf:
+def _diffusion_loss(schedule: Schedule, conditional: bool, generator: torch.Generator, min_snr: float | None) -> LossOf:
     scale = schedule.alphas_cumprod.sqrt().float()
     sigma = (1 - schedule.alphas_cumprod).sqrt().float()
 
@@ -143,7 +168,7 @@ def _diffusion_loss(schedule: Schedule, conditional: bool, generator: torch.Gene
         timesteps = schedule.timestep_map[index].to(x0.device)
         out = model(x_t, timesteps, labels) if conditional else model(x_t, timesteps)
         with torch.autocast(x0.device.type, enabled=False):
-            return hybrid_loss(out, x0, x_t, noise, index.to(x0.device), schedule).mean()
+            return hybrid_loss(out, x0, x_t, noise, index.to(x0.device), schedule, min_snr).mean()
 
     return loss_of
 
@@ -178,14 +203,14 @@ def train_model(
     if name in ("adm", "dit"):
         config = ADM_CONFIG if name == "adm" else DIT_CONFIG
         model: nn.Module = ADM(**config) if name == "adm" else DiT(**config)
-        loss_of = _diffusion_loss(Schedule.linear(), name == "dit", generator)
-        recipe = {"peak": 1e-3, "weight_decay": 0.0, "ema_decay": 0.998}
+        recipe = dict(RECIPES[name])
+        loss_of = _diffusion_loss(Schedule.linear(), name == "dit", generator, recipe.get("min_snr"))
         metadata: dict[str, Any] = {"kind": name, "config": config}
     else:
         config = {**CLASSIFIERS[name], "classes": list(CLASSES), "input_size": SIZE}
         model = create_classifier(**config)
+        recipe = dict(RECIPES["classifier"])
         loss_of = _classification_loss
-        recipe = {"peak": 2e-3, "weight_decay": 0.05, "ema_decay": 0.99}
         metadata = {"kind": "classifier", "config": config}
     started = time.monotonic()
     trained, curve = _fit(
@@ -195,7 +220,7 @@ def train_model(
         batch=batch,
         seed=seed,
         log=lambda line: log(f"{name}: {line}"),
-        **recipe,
+        **{key: value for key, value in recipe.items() if key != "min_snr"},
     )
     if name == "dit":
         metadata["classes"] = list(CLASSES)

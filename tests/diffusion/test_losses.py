@@ -69,3 +69,14 @@ def test_the_bound_trains_the_variance_only(case):
     (gradient,) = torch.autograd.grad(hybrid_loss(out, x0, x_t, noise, torch.tensor([40, 40]), SCHEDULE).sum(), out)
     torch.testing.assert_close(gradient[:, :3], 2 * (out.detach()[:, :3] - noise) / noise[0].numel())
     assert gradient[:, 3:].abs().min() > 0
+
+
+def test_min_snr_weighs_the_noise_term(case):
+    out, x0, noise = case
+    for i in (1, 40, 99):
+        x_t, index = q_sample(SCHEDULE, i, x0, noise), torch.tensor([i, i])
+        simple = (out[:, :3] - noise).square().mean((1, 2, 3))
+        snr = (SCHEDULE.alphas_cumprod[i] / (1 - SCHEDULE.alphas_cumprod[i])).item()
+        plain = hybrid_loss(out, x0, x_t, noise, index, SCHEDULE)
+        weighed = hybrid_loss(out, x0, x_t, noise, index, SCHEDULE, min_snr=5.0)
+        torch.testing.assert_close(plain - weighed, (1 - min(snr, 5.0) / snr) * simple, rtol=1e-4, atol=1e-5)
