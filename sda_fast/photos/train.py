@@ -63,7 +63,7 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
 }
 LossOf = Callable[[nn.Module, Tensor, Tensor], Tensor]  # model, images in [-1, 1], labels -> loss
 MODELS = ("adm", "dit", *CLASSIFIERS)
-STEPS = {"adm": 4000, "dit": 12000, "resnet": 3000, "convnext": 3000}
+STEPS = {"adm": 4000, "dit": 8000, "resnet": 3000, "convnext": 3000}
 # AdamW's peak rate; Muon takes over the matrices of the DiT's blocks, where it learns faster (Jordan et al. 2024).
 RECIPES: dict[str, dict[str, Any]] = {
     "adm": {"peak": 1e-3, "weight_decay": 0.0, "ema_decay": 0.998},
