@@ -40,7 +40,7 @@ demo: venv
 	$(BIN)/sda-fast demo
 
 test: venv
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu" -n auto --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .

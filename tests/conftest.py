@@ -138,9 +138,10 @@ def pictures() -> Callable[[Path], dict[str, bytes]]:
     return read
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The number of CPU threads that the stages compute with; it shows in the last bits."""
+    """The number of CPU threads that the stages compute with: it shows in the last bits, and the tests run side by
+    side."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -5,8 +5,6 @@ import pytest
 from sda_fast import bench
 from sda_fast.errors import SdaError
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # more only wait for each other at these sizes
-
 NUMBERS = ("parity_mean_abs", "reference_seconds_per_image", "seconds_per_image", "speedup")
 
 

@@ -58,7 +58,7 @@ def test_guidance_is_that_of_the_doubled_batch(original):
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
 @pytest.mark.parametrize("batch_size", [2, 7])
-def test_a_sample_does_not_depend_on_its_batch(one_thread, dit, batch_size, cfg_scale):
+def test_a_sample_does_not_depend_on_its_batch(dit, batch_size, cfg_scale):
     sampler = Sampler(dit, "4", cfg_scale, clip=True, batch_size=batch_size)
     labels = torch.tensor(LABELS)
     together = sampler(labels, seeds=SEEDS)
@@ -66,7 +66,7 @@ def test_a_sample_does_not_depend_on_its_batch(one_thread, dit, batch_size, cfg_
         assert torch.equal(sampler(labels[order], seeds=SEEDS[order]), together[order])
 
 
-def test_seeds_name_the_noise(one_thread, dit):
+def test_seeds_name_the_noise(dit):
     sampler, shape = Sampler(dit, "4", seed=9), (5, 3, 16, 16)
     noise = torch.stack([philox_normal(shape, seed=9, identities=SEEDS, step=k) for k in range(5)])
     assert torch.equal(sampler(LABELS, seeds=SEEDS), sampler(LABELS, noise=noise))

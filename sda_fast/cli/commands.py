@@ -254,7 +254,7 @@ def photos(
 def train_photos(
     output: Output = Path("runs/photos-weights"),
     model: Annotated[list[str] | None, typer.Option(help="adm, dit, resnet or convnext [all]; repeatable.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps [4000, 5000, 3000, 3000].")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps [4000, 8000, 3000, 3000].")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads of this process [all cores].")] = None,

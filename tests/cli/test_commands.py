@@ -7,8 +7,6 @@ import sda_fast
 from sda_fast.photos.dataset import CLASSES
 from sda_fast.stages.recipes import RECIPES
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # more only wait for each other at these sizes
-
 COMMANDS = (
     "synthesize",
     "align",

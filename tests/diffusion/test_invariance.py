@@ -30,14 +30,14 @@ def purifying(adm, batch_size):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("make", [guided, purifying])
 @pytest.mark.parametrize("batch_size", [4, 7])
-def test_an_image_does_not_depend_on_the_others(one_thread, adm, make, batch_size, layout):
+def test_an_image_does_not_depend_on_the_others(adm, make, batch_size, layout):
     project, images = make(adm, batch_size), IMAGES.to(memory_format=layout)
     together = project(images, seeds=SEEDS)
     for subset in ([8, 2, 5, 0, 7, 1, 3, 6, 4], [6, 3, 8, 1, 0, 5, 7], [1, 7, 4, 2], [8, 0], [3]):
         assert torch.equal(project(images[subset], seeds=SEEDS[subset]), together[subset]), subset
 
 
-def test_an_image_does_not_depend_on_what_pads_its_batch(one_thread, adm):
+def test_an_image_does_not_depend_on_what_pads_its_batch(adm):
     # The same image in a full batch of very different ones, and padded with itself.
     project = guided(adm, 4)
     others = torch.cat([IMAGES[:1], torch.ones(2, 3, 16, 16), torch.full((1, 3, 16, 16), 1e3)])
@@ -46,7 +46,7 @@ def test_an_image_does_not_depend_on_what_pads_its_batch(one_thread, adm):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("norm_group", "batch_size"), [(2, 4), (4, 4), (7, 7)])
-def test_whole_groups_may_move(one_thread, adm, norm_group, batch_size, layout):
+def test_whole_groups_may_move(adm, norm_group, batch_size, layout):
     project = Projector(adm, norm="batch", norm_group=norm_group, batch_size=batch_size, **SHORT)
     images = IMAGES.to(memory_format=layout)
     together = project(images, seeds=SEEDS)
@@ -79,7 +79,7 @@ def test_between_execution_batches_only_last_bits_differ(adm):
     assert max(largest.values()) <= 1e-5, largest
 
 
-def test_between_numbers_of_threads_only_last_bits_differ(one_thread, adm):
+def test_between_numbers_of_threads_only_last_bits_differ(adm):
     one = next(guided(adm, 7).steps(IMAGES))
     torch.set_num_threads(2)
     difference = float((next(guided(adm, 7).steps(IMAGES)) - one).abs().max())

@@ -54,7 +54,6 @@ def read_image_bytes(data):
 
 
 @pytest.mark.parametrize("settings", [IMAGE, BATCH, DIFFPURE], ids=["image", "batch", "diffpure"])
-@pytest.mark.usefixtures("one_thread")
 def test_files_mirror_the_input_and_hold_what_the_projector_makes(tmp_path, images, tiny, pictures, settings):
     summary = align(images, tmp_path / "out", tiny.adm, settings)
     assert summary == {"images": 7, "projected": 7, "output": str(tmp_path / "out")}

@@ -14,8 +14,6 @@ from sda_fast.stages import finetune as stage
 from sda_fast.stages.finetune import MODEL, finetune, learning_rate, make_augment, make_optimizer
 from sda_fast.stages.recipes import RECIPES, Recipe, recipe_for
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # more only wait for each other at these sizes
-
 QUICK = Recipe("adamw", 1e-2, 0.05, 4, 3, "cosine", warmup_epochs=1, clip_norm=5.0, augment="shift-flip")
 NAMES = [f"{name}/{index}.png" for name in ("ant", "bee", "cow") for index in range(3)]  # 9 images: 4 + 5
 

@@ -9,8 +9,6 @@ from sda_fast.stages import align, evaluate, finetune, pipeline, synthesize
 from sda_fast.stages.config import read_config
 from sda_fast.stages.pipeline import UNALIGNED
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # more only wait for each other at these sizes
-
 METHODS = ["Source", "DiffPure", "DDA", "SDA", UNALIGNED]
 CORRUPTIONS = [("clean", 0), ("fog", 3), ("snow", 3)]
 IMAGES = [

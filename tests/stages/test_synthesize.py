@@ -28,7 +28,6 @@ def pixels(data):
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, cfg_scale=1.5)], ids=["plain", "guided"])
-@pytest.mark.usefixtures("one_thread")
 def test_every_class_gets_its_images(tmp_path, tiny, pictures, settings):
     summary = synthesize(tmp_path / "out", tiny.dit, 3, settings=settings)
     assert summary == {"images": 9, "synthesized": 9, "output": str(tmp_path / "out")}
