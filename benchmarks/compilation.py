@@ -119,4 +119,5 @@ def _demangled(names: list[str]) -> list[str]:
     lines = done.stdout.splitlines()
     if done.returncode or len(lines) != len(names):
         return names
-    return [re.sub(r"^void |\(anonymous namespace\)::|<unnamed>::|\b\w+::", "", line).split("(")[0] for line in lines]
+    noise = r"^void |\((anonymous namespace|bool|int|long|unsigned int|unsigned long)\)(::)?|<unnamed>::|\b\w+::"
+    return [re.sub(noise, "", line).split("(")[0] for line in lines]

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # it is no package: its scripts find each other the same way
 
-import compilation  # noqa: E402  (found by the line above)
+import compilation as compilation_module  # noqa: E402  (found by the line above)
 
 # Triton reads this when a kernel is defined. Kernels are compiled here, and interpreted in other processes.
 os.environ.pop("TRITON_INTERPRET", None)
@@ -74,6 +74,14 @@ def interpret(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def compilation():
+    """The module benchmarks/compilation.py, where there is a Triton to compile with."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("torch brings no Triton on this system")
+    return compilation_module
+
+
+@pytest.fixture(scope="session")
 def compile_triton():
     """Compiles a Triton kernel to machine code for a compute capability: (cubin, resources). Needs no GPU.
 
@@ -83,7 +91,7 @@ def compile_triton():
         pytest.skip("torch brings no Triton on this system")
 
     def compile_(kernel, signature, constexprs, capability, **options):
-        compiled, resources = compilation.compile_triton(kernel, signature, constexprs, capability, **options)
+        compiled, resources = compilation_module.compile_triton(kernel, signature, constexprs, capability, **options)
         return compiled.asm["cubin"], resources
 
     return compile_
@@ -97,6 +105,8 @@ def compile_cuda(tmp_path_factory):
 
     def compile_(name, capability):
         target = tmp_path_factory.mktemp("cubin") / "kernel.o"
-        return compilation.greediest(compilation.compile_cuda(ROOT / "csrc" / "cuda" / name, capability, target))
+        return compilation_module.greediest(
+            compilation_module.compile_cuda(ROOT / "csrc" / "cuda" / name, capability, target)
+        )
 
     return compile_

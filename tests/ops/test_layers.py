@@ -51,7 +51,7 @@ def test_one_operator_one_name(layer):
     if layer == "reference":  # it holds models and samplers too
         assert expected <= {OTHER_NAMES.get(name, name) for name in names(layer)}
     elif layer == "tests":
-        assert expected == names(layer) - {"layers"}
+        assert expected == names(layer) - {"compilation", "layers"}
     else:
         assert expected == names(layer)
 
@@ -70,6 +70,16 @@ def test_every_operator_is_registered_public_and_compiled():
             assert hasattr(_core, f"{operator}_cpu")
         if ("csrc/cuda", operator) not in ABSENT:
             assert hasattr(_core, f"{operator}_cuda") == _core.cuda_built
+
+
+def test_fusion_of_products_and_sums_is_stated(compilation):
+    """Triton's own default is about to change, and with it the bits."""
+    for operator, (kernel, _, _, options) in compilation.triton_kernels():
+        assert "enable_fp_fusion" in options, (operator, kernel)
+
+
+def test_every_kernel_can_be_compiled_for_the_table(compilation):
+    assert {operator for operator, _ in compilation.triton_kernels()} == names("kernels")
 
 
 def test_sources_know_no_framework():
