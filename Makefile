@@ -6,19 +6,24 @@ BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# make gpu: PART=all or the name of a folder of tests (ops, ...); OUT takes the JSON rows.
+# make gpu: PART is all, ops or one of its three parts, or a folder of tests; OUT takes the JSON rows. DEVICE=cpu TINY=1
+# PYTHON=.venv/bin/python shows without a GPU that the parts run.
 PART ?= all
 OUT ?= build/gpu
+DEVICE ?= cuda
+TINY ?=
+PARTS_ops := ops-test ops-bench ops-sanitize
+PARTS_all := all-test projection-bench ops-bench ops-sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench gpu clean
+.PHONY: help venv demo test lint bench gpu gpu-install gpu-projection-bench gpu-ops-bench gpu-ops-sanitize clean
 
 help:
 	@echo "make demo   both stages of SDA on real photographs: table, pictures, HTML report"
 	@echo "make test   all tests that need no GPU"
 	@echo "make lint   ruff, mypy, clang-format"
-	@echo "make bench  cost of a projected patch, eager reference against Projector"
-	@echo "make gpu    [PART=ops|all] [OUT=folder] tests and benchmarks on this machine's GPU"
+	@echo "make bench  cost of a projected patch and of every operator on this CPU; rows and plots in build/bench"
+	@echo "make gpu    [PART=ops|ops-test|ops-bench|ops-sanitize|all] [OUT=folder] tests and benchmarks on this machine's GPU"
 	@echo "make venv   only set up .venv (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean  remove what was built"
 
@@ -48,17 +53,37 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f)
 
-bench: venv
-	$(BIN)/sda-fast bench --preset photos
+# Every script of benchmarks/, also after one has failed.
+run_benchmarks = status=0; for script in benchmarks/bench_*.py; do $(1) $$script $(2) || status=1; done; exit $$status
 
-# pytest by its script, not `python -m pytest`, which would import the source tree instead of the installed package.
-gpu: SCRIPTS = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")
-gpu:
+bench: venv
+	@rm -f build/bench/*.jsonl
+	$(BIN)/sda-fast bench --preset photos
+	@$(call run_benchmarks,$(BIN)/python,--repeats 10 --seconds 3 --output build/bench)
+	@$(BIN)/python benchmarks/plot.py build/bench
+
+# The package is run from where it is installed, never from its source folder, which lacks the compiled module: -P.
+gpu: gpu-install
+	@mkdir -p $(OUT)
+	$(MAKE) --no-print-directory --keep-going $(addprefix gpu-,$(or $(PARTS_$(PART)),$(if $(filter %-test %-bench %-sanitize,$(PART)),$(PART),$(PART)-test)))
+
+gpu-install:
+ifeq ($(DEVICE),cuda)
 	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch finds no NVIDIA GPU here')"
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps .
-	mkdir -p $(OUT)
-	$(SCRIPTS)/pytest -m gpu tests/$(if $(filter all,$(PART)),,$(PART))
-	$(SCRIPTS)/sda-fast bench --preset photos --device cuda --json > $(OUT)/bench.json
+	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps .
+endif
+
+gpu-%-test:
+	$(PYTHON) -P -m pytest -m gpu tests/$(filter-out all,$*)
+
+gpu-projection-bench:
+	$(PYTHON) -P -m sda_fast bench --preset photos --device $(DEVICE) $(if $(TINY),--images 1 --repeats 1) --json > $(OUT)/bench.json
+
+gpu-ops-bench:
+	@$(call run_benchmarks,$(PYTHON),--device $(DEVICE) $(if $(TINY),--tiny) --output $(OUT))
+
+gpu-ops-sanitize:
+	$(PYTHON) benchmarks/sanitize.py --device $(DEVICE)
 
 clean:
 	rm -rf build dist .venv/.installed .mypy_cache .pytest_cache .ruff_cache

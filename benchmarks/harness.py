@@ -2,7 +2,7 @@
 
 A script `bench_<op>.py` yields `Case`s and ends with `main(cases)`:
 
-    python benchmarks/bench_<op>.py [--device cpu|cuda] [--tiny] [--repeats N] [--output FOLDER]
+    python benchmarks/bench_<op>.py [--device cpu|cuda] [--tiny] [--threads N] [--repeats N] [--output FOLDER]
 """
 
 import argparse
@@ -20,8 +20,11 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-CPU_FLUSH, GPU_FLUSH = 2**26, 2**28  # bytes written between two measurements, more than any cache holds
+# Bytes written between two measurements, several times what a cache holds. On a GPU this also keeps the device busy
+# while the host prepares the launch (about half a millisecond at 4 TB/s), which would else be measured as well.
+FLUSH = {"cpu": 2**27, "cuda": 2**31}
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
+MIN_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Case:
     """One measurement: `run` against `baseline`, allowed only if `error()` stays within `tolerance`.
 
     bytes: what the operator must read and write, counted from its shapes. error: the largest difference of `run`'s
-    result from the float32 oracle, in the unit that `tolerance` is given in.
+    result from the float32 oracle, in the unit that `tolerance` is given in. flops: where arithmetic is the limit.
     """
 
     op: str
@@ -43,20 +46,29 @@ class Case:
     tolerance: float
     baseline: Callable[[], Any] | None = None
     baseline_name: str = "plain"
+    flops: int = 0
 
 
 def main(cases: Callable[[str, bool], Iterable[Case]]) -> None:
-    """Measure the cases of `cases(device, tiny)`, print a line for each and append the rows to <output>/<op>.jsonl."""
-    parser = argparse.ArgumentParser()
+    """Measure the cases of `cases(device, tiny)`, print a line for each and append the rows to <output>/<op>.jsonl.
+
+    Exits with 1 where a result is wrong.
+    """
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--tiny", action="store_true", help="small shapes: does it run at all?")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, 3 repeats: does it run at all?")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=10.0, help="stop repeating a case then (3 repeats at least)")
     parser.add_argument("--output", type=Path, help="folder that takes the rows")
     options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    repeats = MIN_REPEATS if options.tiny else max(options.repeats, MIN_REPEATS)
     failed = False
     for case in cases(options.device, options.tiny):
-        row = measure(case, options.device, options.repeats)
-        failed |= row["error"] > row["tolerance"]
+        row = measure(case, options.device, repeats, options.seconds)
+        failed |= "p50" not in row
         print(_line(row), flush=True)
         if options.output is not None:
             options.output.mkdir(parents=True, exist_ok=True)
@@ -65,8 +77,8 @@ def main(cases: Callable[[str, bool], Iterable[Case]]) -> None:
     sys.exit(1 if failed else 0)
 
 
-def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
-    """One row. Where parity fails it holds no times."""
+def measure(case: Case, device: str, repeats: int, seconds: float = float("inf")) -> dict[str, Any]:
+    """One row. Where parity fails, a NaN included, it holds no times."""
     _wait(device)
     started = time.perf_counter()
     case.run()
@@ -74,36 +86,47 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
     row: dict[str, Any] = {
         "benchmark": case.op,
         "backend": case.backend,
-        "shape": case.shape,
+        "shape": list(case.shape),
         "dtype": case.dtype,
         "layout": case.layout,
         "unit": "ms",
-        "first_call_ms": round(1e3 * (time.perf_counter() - started), 3),
-        "error": case.error(),
+        "first_call_ms": round(1e3 * (time.perf_counter() - started), 3),  # with compilation, where there is any
+        "error": float(case.error()),
         "tolerance": case.tolerance,
         **environment(device),
     }
     if not row["error"] <= case.tolerance:
         return row
     calls = [case.run] if case.baseline is None else [case.run, case.baseline]
-    ours, *theirs = interleaved(calls, device, repeats)
+    ours, *theirs = interleaved(calls, device, repeats, seconds)
     p20, p50, p80 = statistics.quantiles(ours, n=10)[1::3] if len(ours) > 1 else (ours[0],) * 3
     rate = case.bytes / p50 / 1e6
-    row |= {"p20": p20, "p50": p50, "p80": p80, "bytes": case.bytes, "gb_per_s": rate}
-    row |= {"copy_gb_per_s": copy_rate(device), "fraction_of_copy": rate / copy_rate(device)}
+    row |= {"repeats": len(ours), "p20": p20, "p50": p50, "p80": p80, "bytes": case.bytes, "gb_per_s": rate}
+    copy = copy_rate(device, torch.get_num_threads())
+    row |= {"copy_gb_per_s": copy, "fraction_of_copy": rate / copy}
+    if case.flops:
+        row |= {"flops": case.flops, "tflop_per_s": case.flops / p50 / 1e9}
     if theirs:
         median = statistics.median(theirs[0])
         row |= {"baseline": case.baseline_name, "baseline_p50": median, "speedup": median / p50}
     return row
 
 
-def interleaved(calls: list[Callable[[], Any]], device: str, repeats: int) -> list[list[float]]:
-    """Milliseconds of each call with cold caches, taken in turn so that a drifting machine favours none."""
-    flush = torch.empty(CPU_FLUSH if device == "cpu" else GPU_FLUSH, dtype=torch.int8, device=device)
+def interleaved(
+    calls: list[Callable[[], Any]], device: str, repeats: int, seconds: float = float("inf")
+) -> list[list[float]]:
+    """Milliseconds of each call with cold caches, taken in turn so that a drifting machine favours none.
+
+    Stops after `seconds`, but not before MIN_REPEATS.
+    """
+    flush = torch.empty(FLUSH[device], dtype=torch.int8, device=device)
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
-    for _ in range(repeats):
+    begin = time.perf_counter()
+    for done in range(repeats):
+        if done >= MIN_REPEATS and time.perf_counter() - begin > seconds:
+            break
         for taken, call in zip(times, calls, strict=True):
             flush.zero_()
             taken.append(_milliseconds(call, device))
@@ -124,20 +147,16 @@ def _milliseconds(call: Callable[[], Any], device: str) -> float:
 
 
 @cache
-def copy_rate(device: str) -> float:
-    """GB/s of copying memory on the device, read plus written, the median of ten."""
+def copy_rate(device: str, threads: int) -> float:
+    """GB/s of copying memory on the device, read plus written, the median of ten; threads: torch's present number."""
     source = torch.empty(COPY_BYTES[device], dtype=torch.int8, device=device).zero_()
     target = torch.empty_like(source)
     (times,) = interleaved([lambda: target.copy_(source)], device, 10)
     return 2 * source.numel() / statistics.median(times) / 1e6
 
 
-@cache
 def environment(device: str) -> dict[str, Any]:
     """What a row must say of where it was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     triton = sys.modules.get("triton")
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
@@ -145,8 +164,18 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": getattr(triton, "__version__", None),
         "cuda": torch.version.cuda if device == "cuda" else None,
-        "commit": commit or None,
+        "commit": _commit(),
     }
+
+
+@cache
+def _commit() -> str | None:
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def _processor() -> str:
@@ -168,6 +197,8 @@ def _line(row: dict[str, Any]) -> str:
     if "p50" not in row:
         return f"{head} PARITY FAILED: error {row['error']:.1e}, allowed {row['tolerance']:.1e}; not timed"
     text = f"{head} {row['p50']:8.3f} ms  {row['gb_per_s']:7.1f} GB/s ({row['fraction_of_copy']:.0%} of copy)"
+    if "tflop_per_s" in row:
+        text += f"  {row['tflop_per_s']:.2f} TFLOP/s"
     if "speedup" in row:
         text += f"  {row['speedup']:.2f}x {row['baseline']}"
     return f"{text}  (error {row['error']:.1e})"

@@ -12,6 +12,9 @@ The polynomials are those of csrc/philox.h, in the same order of operations. Wit
 (`enable_fp_fusion=False`, always passed) the result has the same bits as the C++ and CUDA versions.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -178,4 +181,19 @@ def philox_words(out: torch.Tensor, identities: torch.Tensor, *, seed: int, step
     chunks = triton.cdiv(blocks, BLOCK)
     if images * chunks == 0:
         return
-    philox_words_kernel[(images * chunks,)](out, identities, seed, step, first_block, blocks, chunks, BLOCK=BLOCK)
+    philox_words_kernel[(images * chunks,)](
+        out, identities, seed, step, first_block, blocks, chunks, BLOCK=BLOCK, enable_fp_fusion=False
+    )
+
+
+def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """(kernel, signature, constexprs, options) of every specialisation; ":16" is an aligned pointer."""
+    words = dict.fromkeys(philox_words_kernel.arg_names[:-1], "i32")
+    words |= {"p_out": "*i32:16", "p_identities": "*i64:16", "seed": "i64", "step": "i64", "first_block": "i64"}
+    options = {"enable_fp_fusion": False}
+    yield philox_words_kernel, words, {"BLOCK": BLOCK}, options
+    normal = dict.fromkeys(philox_normal_kernel.arg_names[:-2], "i32")
+    normal |= {"p_out": "*fp32:16", "p_identities": "*i64:16", "seed": "i64", "step": "i64"}
+    for contiguous in (True, False):
+        constexprs = {"CONTIGUOUS": contiguous, "BLOCK": BLOCK}
+        yield philox_normal_kernel, normal, constexprs, options

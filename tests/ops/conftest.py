@@ -1,20 +1,19 @@
 """What the operators' tests share: interpreting Triton kernels, compiling kernels for GPUs not at hand."""
 
-import contextlib
 import importlib.util
-import io
 import os
-import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))  # it is no package: its scripts find each other the same way
+
+import compilation as compilation_module  # noqa: E402  (found by the line above)
 
 # Triton reads this when a kernel is defined. Kernels are compiled here, and interpreted in other processes.
 os.environ.pop("TRITON_INTERPRET", None)
@@ -28,6 +27,18 @@ def pytest_runtest_setup(item):
 INTERPRETER = """
 import importlib, sys, torch
 from sda_fast import ops
+from triton import language as tl
+from triton.runtime import interpreter
+
+truncating = interpreter._convert_float
+
+def convert(values, source, target, rounding):
+    # To bfloat16 the interpreter truncates, a device rounds to the nearest.
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return truncating(values, source, target, rounding)
+    return torch.from_numpy(values.copy()).bfloat16().view(torch.uint16).numpy()
+
+interpreter._convert_float = convert
 results = []
 with ops.backend("triton"):
     for module, function, args, kwargs in torch.load(sys.argv[1]):
@@ -62,72 +73,40 @@ def interpret(tmp_path_factory):
     return run
 
 
-@dataclass
-class Resources:
-    """What `ptxas -v` reports of the functions of one compilation."""
-
-    registers: int
-    spills: int
-    stack: int
-
-
-def _resources(report: str) -> Resources:
-    def largest(pattern):
-        return max(int(number) for number in re.findall(pattern, report))
-
-    return Resources(
-        registers=largest(r"Used (\d+) registers"),
-        spills=largest(r"(\d+) bytes spill"),
-        stack=largest(r"(\d+) bytes stack frame"),
-    )
+@pytest.fixture(scope="session")
+def compilation():
+    """The module benchmarks/compilation.py, where there is a Triton to compile with."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("torch brings no Triton on this system")
+    return compilation_module
 
 
 @pytest.fixture(scope="session")
 def compile_triton():
-    """Compiles a Triton kernel to machine code for a compute capability: (cubin, resources). Needs no GPU."""
+    """Compiles a Triton kernel to machine code for a compute capability: (cubin, resources). Needs no GPU.
+
+    Takes what a kernel module's `compilations()` yields: (kernel, signature, constexprs, capability, **options).
+    """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("torch brings no Triton on this system")
 
     def compile_(kernel, signature, constexprs, capability, **options):
-        import triton
-        from triton import knobs
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        signature = {**signature, **dict.fromkeys(constexprs, "constexpr")}
-        source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constexprs)
-        report = io.StringIO()
-        with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(report):
-            knobs.compilation.always_compile = True  # a kernel from the cache comes without a report
-            knobs.nvidia.dump_ptxas_log = True
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        return compiled.asm["cubin"], _resources(report.getvalue())
+        compiled, resources = compilation_module.compile_triton(kernel, signature, constexprs, capability, **options)
+        return compiled.asm["cubin"], resources
 
     return compile_
 
 
 @pytest.fixture(scope="session")
 def compile_cuda(tmp_path_factory):
-    """Compiles a file of csrc/cuda for a compute capability and returns its resources."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+    """Compiles a file of csrc/cuda for a compute capability and returns the greediest function's resources."""
+    if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed: the CUDA files are neither built nor checked here")
 
     def compile_(name, capability):
-        command = [
-            nvcc,
-            "-std=c++17",
-            "-O3",
-            f"-arch=sm_{capability}",
-            "-Xptxas",
-            "-v",
-            "-Werror",
-            "all-warnings",
-            "-c",
-        ]
         target = tmp_path_factory.mktemp("cubin") / "kernel.o"
-        done = subprocess.run([*command, ROOT / "csrc" / "cuda" / name, "-o", target], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return _resources(done.stderr)
+        return compilation_module.greediest(
+            compilation_module.compile_cuda(ROOT / "csrc" / "cuda" / name, capability, target)
+        )
 
     return compile_
