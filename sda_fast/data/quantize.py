@@ -34,7 +34,7 @@ def to_uint8(x: torch.Tensor, mode: Quantization = "round") -> np.ndarray:
     "round": floor(255 (x + 1) / 2 + 1/2), to the bit what torchvision's `save_image` stores for (x + 1) / 2;
     used by DDA and SDA for projected images. "truncate": floor(127.5 x + 128), what DiT's sampler stores for
     synthetic ones. On paper the two formulas are one; they differ in the order of rounding, hence by one
-    level at rare ties. Half precision is widened to float32 first.
+    level at rare ties. All is computed in float32, to which other precisions are converted first.
 
     Raises SdaError for an unknown mode and for images that hold NaN or infinity, which would be stored as if
     valid.
@@ -51,4 +51,6 @@ def to_uint8(x: torch.Tensor, mode: Quantization = "round") -> np.ndarray:
             f"{bad} of {len(x)} images hold NaN or infinity after sampling: "
             "check the weights, or use a wider precision (fp32, or bf16 instead of fp16)."
         )
-    return ops.to_uint8(x.contiguous() if x.stride(2) != x.shape[3] * x.stride(3) else x, mode).cpu().numpy()
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
+    return ops.to_uint8(x, mode).cpu().numpy()
