@@ -7,7 +7,7 @@ namespace sda::cpu {
 
 // [-1, 1] to bytes, [images, channels, pixels] to [images, pixels, channels] side by side:
 //
-//   round:    floor(255 ((x + 1) / 2) + 1/2), as torchvision's save_image
+//   round:    floor(255 ((x + 1) / 2) + 1/2), as DDA's and SDA's save_image
 //   truncate: floor(127.5 x + 128), as DiT's sampler
 //
 // clamped to 0 .. 255, with every product and sum rounded by itself in float32; NaN becomes 0. Halves are
