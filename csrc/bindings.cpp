@@ -8,10 +8,13 @@
 #include <string>
 
 #include "cpu/philox_normal.h"
+#include "cpu/reverse_step.h"
+#include "cpu/to_uint8.h"
 #include "status.h"
 
 #ifdef SDA_CUDA
 #include "cuda/philox_normal.cuh"
+#include "cuda/reverse_step.cuh"
 #endif
 
 namespace py = pybind11;
@@ -91,6 +94,74 @@ void bind_philox_normal(py::module_& m) {
 #endif
 }
 
+void bind_reverse_step(py::module_& m) {
+    using sda::Pixels;
+    using sda::ReverseStep;
+    py::class_<Pixels>(m, "Pixels")
+        .def(py::init([](Address data, int64_t stride_image, int64_t stride_channel, int64_t stride_pixel) {
+                 return Pixels{pointer<void>(data), stride_image, stride_channel, stride_pixel};
+             }),
+             py::arg("data"), py::arg("stride_image"), py::arg("stride_channel"), py::arg("stride_pixel"));
+    py::class_<ReverseStep>(m, "ReverseStep")
+        .def(py::init([](int64_t images, int64_t channels, int64_t pixels, int dtype, bool learned, bool clip,
+                         const Pixels& x, const Pixels& out, const Pixels& noise, const Pixels& cotangent,
+                         const Pixels& through_network, const Pixels& result, Address table, Address position,
+                         Address identities, Address squares, int64_t steps, uint64_t seed, float scale,
+                         bool joint, int64_t norm_group, int64_t real) {
+                 return ReverseStep{images,
+                                    channels,
+                                    pixels,
+                                    dtype,
+                                    learned,
+                                    clip,
+                                    x,
+                                    out,
+                                    noise,
+                                    cotangent,
+                                    through_network,
+                                    result,
+                                    pointer<float>(table),
+                                    pointer<int64_t>(position),
+                                    pointer<int64_t>(identities),
+                                    pointer<float>(squares),
+                                    steps,
+                                    seed,
+                                    scale,
+                                    joint,
+                                    norm_group,
+                                    real};
+             }),
+             py::kw_only(), py::arg("images"), py::arg("channels"), py::arg("pixels"), py::arg("dtype"),
+             py::arg("learned"), py::arg("clip"), py::arg("x"), py::arg("out"), py::arg("noise"),
+             py::arg("cotangent"), py::arg("through_network"), py::arg("result"), py::arg("table"),
+             py::arg("position"), py::arg("identities"), py::arg("squares"), py::arg("steps"),
+             py::arg("seed"), py::arg("scale"), py::arg("joint"), py::arg("norm_group"), py::arg("real"));
+    m.def(
+        "reverse_step_cpu",
+        [](const ReverseStep& step, int threads) { check(sda::cpu::reverse_step(step, threads)); },
+        py::arg("step"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+#ifdef SDA_CUDA
+    m.def(
+        "reverse_step_cuda",
+        [](const ReverseStep& step, Address stream) {
+            check(sda::cuda::reverse_step(step, pointer<void>(stream)));
+        },
+        py::arg("step"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+#endif
+}
+
+void bind_to_uint8(py::module_& m) {
+    m.def(
+        "to_uint8_cpu",
+        [](Address out, const sda::Pixels& x, int dtype, int64_t images, int64_t channels, int64_t pixels,
+           bool truncate, int threads) {
+            check(sda::cpu::to_uint8(pointer<uint8_t>(out), x, dtype, images, channels, pixels, truncate,
+                                     threads));
+        },
+        py::arg("out"), py::arg("x"), py::arg("dtype"), py::arg("images"), py::arg("channels"),
+        py::arg("pixels"), py::arg("truncate"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -109,4 +180,6 @@ PYBIND11_MODULE(_core, m) {
         .def(py::init(&layout), py::arg("images"), py::arg("outer"), py::arg("inner"),
              py::arg("stride_image"), py::arg("stride_outer"), py::arg("stride_inner"));
     bind_philox_normal(m);
+    bind_reverse_step(m);
+    bind_to_uint8(m);
 }

@@ -21,6 +21,46 @@ def philox_words_cpu(
 ) -> None: ...
 def box_muller_cpu(out: int, words: int, pairs: int) -> None: ...
 
+class Pixels:
+    """Images [N, channels, pixels] of a tensor, strides in elements; absent where data is 0 (csrc/pixels.h)."""
+
+    def __init__(self, data: int, stride_image: int, stride_channel: int, stride_pixel: int) -> None: ...
+
+class ReverseStep:
+    """What a reverse step reads and writes (csrc/reverse_step.h)."""
+
+    def __init__(
+        self,
+        *,
+        images: int,
+        channels: int,
+        pixels: int,
+        dtype: int,
+        learned: bool,
+        clip: bool,
+        x: Pixels,
+        out: Pixels,
+        noise: Pixels,
+        cotangent: Pixels,
+        through_network: Pixels,
+        result: Pixels,
+        table: int,
+        position: int,
+        identities: int,
+        squares: int,
+        steps: int,
+        seed: int,
+        scale: float,
+        joint: bool,
+        norm_group: int,
+        real: int,
+    ) -> None: ...
+
+def reverse_step_cpu(step: ReverseStep, threads: int) -> None: ...
+def to_uint8_cpu(
+    out: int, x: Pixels, dtype: int, images: int, channels: int, pixels: int, truncate: bool, threads: int
+) -> None: ...
+
 # The entry points on CUDA devices exist only where cuda_built is true.
 def philox_normal_cuda(
     out: int, dtype: int, layout: ImageLayout, seed: int, identities: int, step: int, stream: int
@@ -28,3 +68,4 @@ def philox_normal_cuda(
 def philox_words_cuda(
     out: int, images: int, blocks: int, first_block: int, seed: int, identities: int, step: int, stream: int
 ) -> None: ...
+def reverse_step_cuda(step: ReverseStep, stream: int) -> None: ...

@@ -3,43 +3,15 @@
 #include <algorithm>
 
 #include "../philox.h"
+#include "clones.h"
 #include "parallel.h"
 
 namespace sda::cpu {
 namespace {
 
-constexpr int64_t kLanes = 16;                    // blocks drawn at once: enough to fill any vector unit
-constexpr int64_t kChunk = 64 * kLanes;           // blocks that one work item draws
+constexpr int64_t kChunk = 64 * kDrawnBlocks;     // blocks that one work item draws
 constexpr int64_t kGrain = 16;                    // work items worth a thread: 65,536 elements, about 0.2 ms
 constexpr int64_t kMaxBlocks = int64_t{1} << 32;  // the block is one word of the counter
-
-struct Lanes {
-    float normals[4 * kLanes];  // in the order of the elements
-};
-
-Lanes draw(uint64_t seed, int64_t first_block, uint32_t step, uint64_t identity) {
-    uint32_t words[4][kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const Words w = philox4x32(seed, static_cast<uint32_t>(first_block + lane), step, identity);
-        words[0][lane] = w.w0;
-        words[1][lane] = w.w1;
-        words[2][lane] = w.w2;
-        words[3][lane] = w.w3;
-    }
-    // Apart from the words, so that the compiler vectorises it.
-    float normals[4][kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-        box_muller(words[0][lane], words[1][lane], &normals[0][lane], &normals[1][lane]);
-    }
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-        box_muller(words[2][lane], words[3][lane], &normals[2][lane], &normals[3][lane]);
-    }
-    Lanes lanes;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-        for (int64_t k = 0; k < 4; ++k) lanes.normals[4 * lane + k] = normals[k][lane];
-    }
-    return lanes;
-}
 
 void store(float* image, const ImageLayout& layout, int64_t element, const float* values, int64_t count) {
     if (layout.outer == 1 && layout.stride_inner == 1) {
@@ -59,6 +31,32 @@ void store(float* image, const ImageLayout& layout, int64_t element, const float
 
 }  // namespace
 
+SDA_CLONES void draw_normals(float* normals, int64_t first_block, int64_t blocks, uint64_t seed,
+                             uint32_t step, uint64_t identity) {
+    for (int64_t done = 0; done < blocks; done += kDrawnBlocks, normals += 4 * kDrawnBlocks) {
+        uint32_t words[4][kDrawnBlocks];
+        for (int64_t lane = 0; lane < kDrawnBlocks; ++lane) {
+            const uint32_t block = static_cast<uint32_t>(first_block + done + lane);
+            const Words w = philox4x32(seed, block, step, identity);
+            words[0][lane] = w.w0;
+            words[1][lane] = w.w1;
+            words[2][lane] = w.w2;
+            words[3][lane] = w.w3;
+        }
+        // Apart from the words, so that the compiler vectorises it.
+        float pairs[4][kDrawnBlocks];
+        for (int64_t lane = 0; lane < kDrawnBlocks; ++lane) {
+            box_muller(words[0][lane], words[1][lane], &pairs[0][lane], &pairs[1][lane]);
+        }
+        for (int64_t lane = 0; lane < kDrawnBlocks; ++lane) {
+            box_muller(words[2][lane], words[3][lane], &pairs[2][lane], &pairs[3][lane]);
+        }
+        for (int64_t lane = 0; lane < kDrawnBlocks; ++lane) {
+            for (int64_t k = 0; k < 4; ++k) normals[4 * lane + k] = pairs[k][lane];
+        }
+    }
+}
+
 int philox_normal(void* out, int dtype, const ImageLayout& layout, uint64_t seed, const int64_t* identities,
                   uint32_t step, int threads) {
     if (dtype != kFloat32) return kBadDtype;
@@ -73,9 +71,10 @@ int philox_normal(void* out, int dtype, const ImageLayout& layout, uint64_t seed
             float* image = static_cast<float*>(out) + n * layout.stride_image;
             const int64_t first = item % chunks * kChunk;
             const int64_t last = std::min(first + kChunk, blocks);
-            for (int64_t block = first; block < last; block += kLanes) {
-                const Lanes lanes = draw(seed, block, step, static_cast<uint64_t>(identities[n]));
-                store(image, layout, 4 * block, lanes.normals, std::min(4 * kLanes, elements - 4 * block));
+            float normals[4 * kDrawnBlocks];
+            for (int64_t block = first; block < last; block += kDrawnBlocks) {
+                draw_normals(normals, block, kDrawnBlocks, seed, step, static_cast<uint64_t>(identities[n]));
+                store(image, layout, 4 * block, normals, std::min(4 * kDrawnBlocks, elements - 4 * block));
             }
         }
     });

@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from sda_fast import ops
 from sda_fast.errors import SdaError
 
 Quantization = Literal["round", "truncate"]
@@ -33,7 +34,7 @@ def to_uint8(x: torch.Tensor, mode: Quantization = "round") -> np.ndarray:
     "round": floor(255 (x + 1) / 2 + 1/2), to the bit what torchvision's `save_image` stores for (x + 1) / 2;
     used by DDA and SDA for projected images. "truncate": floor(127.5 x + 128), what DiT's sampler stores for
     synthetic ones. On paper the two formulas are one; they differ in the order of rounding, hence by one
-    level at rare ties. Half precision is widened to float32 first.
+    level at rare ties. All is computed in float32, to which other precisions are converted first.
 
     Raises SdaError for an unknown mode and for images that hold NaN or infinity, which would be stored as if
     valid.
@@ -41,7 +42,7 @@ def to_uint8(x: torch.Tensor, mode: Quantization = "round") -> np.ndarray:
     if mode not in ("round", "truncate"):
         raise SdaError(f'to_uint8 knows mode="round" and mode="truncate", not {mode!r}.')
     x = x.detach()
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         x = x.float()
     finite = x.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
@@ -50,5 +51,6 @@ def to_uint8(x: torch.Tensor, mode: Quantization = "round") -> np.ndarray:
             f"{bad} of {len(x)} images hold NaN or infinity after sampling: "
             "check the weights, or use a wider precision (fp32, or bf16 instead of fp16)."
         )
-    y = ((x + 1) / 2).mul(255).add(0.5) if mode == "round" else 127.5 * x + 128.0
-    return y.clamp(0, 255).permute(0, 2, 3, 1).to("cpu", torch.uint8).contiguous().numpy()
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
+    return ops.to_uint8(x, mode).cpu().numpy()

@@ -42,7 +42,7 @@ def philox_normal(
     shape = tuple(shape)
     device = _device(device, identities, out)
     _check_numbers(shape, seed, step)
-    ids = _identities(identities, shape[0], device)
+    ids = identity_tensor(identities, shape[0], device)
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
     if out is None:
         return torch.ops.sda_fast.philox_normal(ids, shape, signed_seed, step)
@@ -127,7 +127,8 @@ def _check_numbers(shape: tuple[int, ...], seed: int, step: int) -> None:
         raise SdaError(f"step is {step}; it must lie in [0, 2^32).")
 
 
-def _identities(identities: Tensor | Sequence[int], images: int, device: torch.device) -> Tensor:
+def identity_tensor(identities: Tensor | Sequence[int], images: int, device: torch.device) -> Tensor:
+    """Identities as int64 [images] on the device, bit patterns of 64 bits; SdaError for a wrong range or shape."""
     if not isinstance(identities, Tensor):
         if not all(-(2**63) <= identity < 2**64 for identity in identities):
             raise SdaError("identities must lie in [-2^63, 2^64).")
@@ -135,7 +136,7 @@ def _identities(identities: Tensor | Sequence[int], images: int, device: torch.d
         identities = torch.tensor(signed, dtype=torch.int64)
     if identities.dtype != torch.int64 or tuple(identities.shape) != (images,):
         raise SdaError(
-            f"identities are {identities.dtype} {tuple(identities.shape)}; philox_normal needs one int64 per "
+            f"identities are {identities.dtype} {tuple(identities.shape)}; they must be one int64 per "
             f"image, here [{images}]."
         )
     return identities.to(device, non_blocking=True)

@@ -13,10 +13,13 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 
 
-def philox_words(blocks: Tensor, *, seed: int, identities: Tensor, step: int) -> Tensor:
-    """The words of blocks int64 [B] in images with identities int64 [N] (bit patterns) -> int64 [N, B, 4]."""
+def philox_words(blocks: Tensor, *, seed: int, identities: Tensor, step: int | Tensor) -> Tensor:
+    """The words of blocks int64 [B] in images with identities int64 [N] (bit patterns) -> int64 [N, B, 4].
+
+    step: a number, or one as an int64 tensor [].
+    """
     c0, c2 = torch.broadcast_tensors(blocks[None, :], (identities & MASK)[:, None])
-    c1, c3 = torch.full_like(c0, step), torch.broadcast_to((identities >> 32 & MASK)[:, None], c0.shape)
+    c1, c3 = torch.zeros_like(c0) + step, torch.broadcast_to((identities >> 32 & MASK)[:, None], c0.shape)
     k0, k1 = seed & MASK, seed >> 32 & MASK
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # exact modulo 2^64, which is all that the words need
@@ -35,7 +38,7 @@ def box_muller(words: Tensor) -> Tensor:
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).float()
 
 
-def philox_normal(shape: Sequence[int], *, seed: int, identities: Tensor, step: int) -> Tensor:
+def philox_normal(shape: Sequence[int], *, seed: int, identities: Tensor, step: int | Tensor) -> Tensor:
     """Noise float32 of `shape` [N, ...] for identities int64 [N]; element e is in block e // 4, at e % 4."""
     elements = math.prod(shape[1:])
     blocks = torch.arange((elements + 3) // 4, device=identities.device)
