@@ -54,9 +54,10 @@ SDA_FN int64_t lead(int64_t factor) { return 3 * factor / 2; }
 
 SDA_FN float predict_raw(float a, float b, float x, float eps) { return add(mul(a, x), -mul(b, eps)); }
 
-SDA_FN bool inside(float raw) { return raw >= -1.0f && raw <= 1.0f; }
-
-// NaN stays NaN, unlike with fmin and fmax.
-SDA_FN float clamp_unit(float raw) { return raw < -1.0f ? -1.0f : raw > 1.0f ? 1.0f : raw; }
+// raw lies in [-1, 1] where this changes nothing. NaN stays NaN, unlike with fmin and fmax.
+SDA_FN float clamp_unit(float raw) {
+    const float above = raw < -1.0f ? -1.0f : raw;
+    return above > 1.0f ? 1.0f : above;
+}
 
 }  // namespace sda

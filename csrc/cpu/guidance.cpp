@@ -41,10 +41,11 @@ SDA_CLONES void narrow_float16(Float16* to, const float* from, int64_t count) {
 
 SDA_CLONES void predict(float* x0, uint8_t* mask, const float* x, const float* eps, float a, float b,
                         int64_t count) {
+#pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i) {
         const float raw = predict_raw(a, b, x[i], eps[i]);
         x0[i] = clamp_unit(raw);
-        mask[i] = inside(raw);
+        mask[i] = x0[i] == raw;
     }
 }
 
@@ -125,28 +126,30 @@ SDA_CLONES void add_products(float* sums, const float* a, const float* b, int64_
     }
 }
 
-// row[D p + k - lead] = sum over i of smooth[p - i] weights[k + D i][p - i], the transpose of `contract`
-SDA_CLONES void expand(float* row, const float* smooth, const float* weights, int64_t pitch, int64_t size,
-                       int64_t factor, int64_t lanes) {
-    for (int64_t k = 0; k < factor; ++k) {
-        const int64_t start = k - lead(factor);
-        const int64_t first = (-start + factor - 1) / factor * lanes;
-        const int64_t last = (size - start + factor - 1) / factor * lanes;
-        for (int64_t j = first / kBlock * kBlock; j < last; j += kBlock) {
-            float sum[kBlock] = {};
-            for (int64_t i = 0; i < 4; ++i) {
-                const float* w = weights + (k + factor * i) * pitch + j - i * lanes;
-                const float* v = smooth + j - i * lanes;
-                for (int64_t l = 0; l < kBlock; ++l) sum[l] += w[l] * v[l];
-            }
-            const int64_t end = std::min(j + kBlock, last);
-            if (lanes == 1) {
-                for (int64_t p = std::max(j, first); p < end; ++p) row[factor * p + start] = sum[p - j];
-            } else {
-                for (int64_t p = std::max(j, first); p < end; ++p) {
-                    row[(factor * (p / lanes) + start) * lanes + p % lanes] = sum[p - j];
-                }
-            }
+// phase[p] = sum over i of smooth[p - i] weights[D i][p - i], the transpose of one phase of `contract`
+SDA_CLONES void expand(float* phase, const float* smooth, const float* weights, int64_t pitch, int64_t factor,
+                       int64_t lanes, int64_t count) {
+    for (int64_t j = 0; j < count; j += kBlock) {
+        float sum[kBlock] = {};
+        for (int64_t i = 0; i < 4; ++i) {
+            const float* w = weights + factor * i * pitch + j - i * lanes;
+            const float* v = smooth + j - i * lanes;
+            for (int64_t l = 0; l < kBlock; ++l) sum[l] += w[l] * v[l];
+        }
+        for (int64_t l = 0; l < kBlock; ++l) phase[j + l] = sum[l];
+    }
+}
+
+// The reverse of `split_phases`, for one phase k: row[D q + k - lead] = phase[q]
+void join_phase(float* row, const float* phase, int64_t k, int64_t size, int64_t factor, int64_t lanes) {
+    const int64_t start = k - lead(factor);
+    const int64_t first = (-start + factor - 1) / factor;
+    const int64_t last = (size - start + factor - 1) / factor;
+    if (lanes == 1) {
+        for (int64_t q = first; q < last; ++q) row[factor * q + start] = phase[q];
+    } else {
+        for (int64_t q = first; q < last; ++q) {
+            for (int64_t c = 0; c < lanes; ++c) row[(factor * q + start) * lanes + c] = phase[q * lanes + c];
         }
     }
 }
@@ -344,8 +347,11 @@ float filter(const GuidanceTensors& t, const Shape& s, const Item& item, Scratch
 // cotangent = P^T smooth P, masked.
 void spread_rows(const GuidanceTensors& t, const Shape& s, const Item& item, Scratch& m) {
     for (int64_t r = 0; r < s.low; ++r) {
-        expand(m.tall + r * s.width, m.smooth + r * s.pitch + s.margin(), m.down_taps + s.margin(), s.pitch,
-               s.size, s.factor, s.lanes);
+        for (int64_t k = 0; k < s.factor; ++k) {
+            expand(m.phases, m.smooth + r * s.pitch + s.margin(), m.down_taps + k * s.pitch + s.margin(),
+                   s.pitch, s.factor, s.lanes, s.count);
+            join_phase(m.tall + r * s.width, m.phases, k, s.size, s.factor, s.lanes);
+        }
     }
     for (int64_t h = 0; h < s.size; ++h) {
         const int64_t q = (h + lead(s.factor)) / s.factor;
