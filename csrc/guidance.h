@@ -5,12 +5,13 @@
 //   squares = <low, smooth>                                  ||phi(d)||^2, one number for each image
 //   cotangent = P^T smooth P where -1 <= raw <= 1, else 0    S(d), masked
 //
-// with the cubic reduction P [m, n] by D = n / m and G = Q^T Q of the enlargement Q. Source: Gao et al., "Back
-// to the Source", CVPR 2023, algorithm 1; docs/architecture.md, "The guided step".
+// with the cubic reduction P [m, n] by D = n / m and G = Q^T Q of the enlargement Q. Source: Gao et al.,
+// "Back to the Source", CVPR 2023, algorithm 1; docs/architecture.md, "The guided step".
 //
-// P and G are banded. Row r of P lives on the 4D columns from D r - lead(D) on. Rows h of an image are counted
-// as h + lead(D) = D q + k with 0 <= k < D: row h meets just the four rows q - 3 .. q of P, and so do all rows
-// of its *group* q. The groups run from 1 to m + 1, of which the first and the last may be incomplete.
+// P and G are banded. Row r of P lives on the 4D columns from D r - lead(D) on. Rows h of an image are
+// counted as h + lead(D) = D q + k with 0 <= k < D: row h meets just the four rows q - 3 .. q of P, and so do
+// all rows of its *group* q. The groups run from 1 to m + 1, of which the first and the last may be
+// incomplete.
 #pragma once
 
 #include <cstdint>

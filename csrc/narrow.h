@@ -26,8 +26,8 @@ SDA_FN Float16 narrow<Float16>(float x) {
 #if defined(__CUDA_ARCH__)
     return {__half_as_ushort(__float2half_rn(x))};
 #else
-    // In integers, because the baseline processor has no instruction for it. Below 2^-14 a sum with 1/2 rounds
-    // at the last place of the denormals; from 65520 on everything is infinite.
+    // In integers, because the baseline processor has no instruction for it. Below 2^-14 a sum with 1/2
+    // rounds at the last place of the denormals; from 65520 on everything is infinite.
     const uint32_t bits = bit_cast<uint32_t>(x);
     const uint32_t magnitude = bits & 0x7fffffffu;
     const uint32_t denormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;

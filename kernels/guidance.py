@@ -6,11 +6,11 @@
 Shapes: x, x0, cotangent [N, C, n, n]; out [N, C or 2C, n, n]; reference_down [N, C, m, m]; P [m, n]; G [m, m]. Source:
 Gao et al., "Back to the Source", CVPR 2023, algorithm 1.
 
-Four launches: `reduce_kernel` reads x and eps once and writes P x0, by tiles of groups of rows, and the clamp mask, four
-rows to a byte; `low_kernel` and `smooth_kernel` work on the small images; `spread_kernel` writes the cotangent. Bytes
-moved per element of x: 4 for x, the size of out's dtype for eps and for the cotangent, 4 for x0 if asked, and on the
-side 1/2 for the mask and about 8/D for P x0 (D = n / m), both of which fit in the second cache. The columns of a row
-are those of one channel, or in channels_last of all channels, interleaved: then LANES = C, else 1.
+Four launches: `reduce_kernel` reads x and eps once and writes P x0, by tiles of groups of rows, and the clamp mask,
+four rows to a byte; `low_kernel` and `smooth_kernel` work on the small images; `spread_kernel` writes the cotangent.
+Bytes moved per element of x: 4 for x, the size of out's dtype for eps and for the cotangent, 4 for x0 if asked, and on
+the side 1/2 for the mask and about 8/D for P x0 (D = n / m), both of which fit in the second cache. The columns of a
+row are those of one channel or, in channels_last, of all channels interleaved: LANES is 1 or C.
 
 The mask has the bits of the other versions because products and sums are never fused (`enable_fp_fusion=False`).
 """
@@ -78,7 +78,7 @@ def reduce_kernel(
     WRITE_X0: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums of P x0 over the groups of one tile, [groups + 3, columns], and the mask of every group, four rows a byte."""
+    """Sums of P x0 over the groups of one tile, [groups + 3, columns], and their mask, four rows a byte."""
     LEAD: tl.constexpr = 3 * FACTOR // 2
     QUADS: tl.constexpr = (FACTOR + 3) // 4
     i_program = tl.program_id(0).to(tl.int64)
@@ -291,7 +291,9 @@ def spread_kernel(
                 b_sum += down_weight(p_down, q, h, low, size, m_h) * b_t0
                 b_sum = tl.where((b_bits >> u) & 1 != 0, b_sum, 0.0)
                 p_row = p_cotangent + h.to(tl.int64) * width
-                tl.store(p_row + i_column, b_sum.to(p_cotangent.dtype.element_ty), mask=columns_if(i_column, width, m_h))
+                tl.store(
+                    p_row + i_column, b_sum.to(p_cotangent.dtype.element_ty), mask=columns_if(i_column, width, m_h)
+                )
         b_t3 = b_t2
         b_t2 = b_t1
         b_t1 = b_t0
@@ -383,17 +385,9 @@ def guidance(
 
 def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """(kernel, signature, constexprs, options) of representative specialisations, for checks of registers."""
-    pointers = dict(p_x="*fp32", p_x0="*fp32", p_position="*i64", p_mask="*u8")
-    for out, factor, lanes in (
-        ("*fp32", 4, 1),
-        ("*bf16", 4, 1),
-        ("*fp16", 4, 3),
-        ("*fp32", 4, 3),
-        ("*bf16", 16, 1),
-        ("*fp32", 5, 1),
-        ("*fp32", 1, 3),
-    ):
+    for out, factor, lanes in (("*fp32", 4, 1), ("*bf16", 4, 3), ("*fp16", 16, 1), ("*fp32", 5, 3)):
         wide = dict(FACTOR=factor, LANES=lanes, BLOCK=BLOCK)
+        pointers = dict(p_position="*i64", p_mask="*u8", p_out=out, p_cotangent=out)
         for kernel, constexprs in (
             (reduce_kernel, dict(wide, WRITE_X0=True)),
             (low_kernel, dict(wide, BLOCK=64)),
@@ -403,7 +397,9 @@ def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[s
             if kernel in (low_kernel, smooth_kernel) and out != "*fp32":
                 continue
             signature = {
-                name: {**pointers, "p_out": out, "p_cotangent": out}.get(name, "*fp32" if name.startswith("p_") else "i32")
+                name: {**pointers, "p_out": out, "p_cotangent": out}.get(
+                    name, "*fp32" if name.startswith("p_") else "i32"
+                )
                 for name in kernel.arg_names
             }
             num_warps = 1 if constexprs["BLOCK"] == 64 else 2

@@ -8,9 +8,9 @@
 #include "clones.h"
 #include "parallel.h"
 
-// One channel of an image, or all of them interleaved as channels_last has them, is one item of work. Its rows
-// are then `width` = n * lanes floats side by side, and the same loops over them serve both. All of an item's
-// intermediate results stay in the cache; x and eps are read once, x0 and cotangent written once.
+// One channel of an image, or all of them interleaved as channels_last has them, is one item of work. Its
+// rows are then `width` = n * lanes floats side by side, and the same loops over them serve both. All of an
+// item's intermediate results stay in the cache; x and eps are read once, x0 and cotangent written once.
 
 namespace sda::cpu {
 namespace {
@@ -256,8 +256,8 @@ const float* gather(float* buffer, const T* row, const ImageStrides& strides, co
     return buffer;
 }
 
-const float* read_row(float* buffer, const void* data, int dtype, const ImageStrides& strides, const Item& item,
-                      int64_t h, const Shape& s) {
+const float* read_row(float* buffer, const void* data, int dtype, const ImageStrides& strides,
+                      const Item& item, int64_t h, const Shape& s) {
     const int64_t offset = item.image * strides.image + item.channel * strides.channel + h * strides.row;
     const bool side_by_side = strides.column == s.lanes && (s.lanes == 1 || strides.channel == 1);
     if (dtype == kFloat32) {
@@ -324,8 +324,8 @@ float filter(const GuidanceTensors& t, const Shape& s, const Item& item, Scratch
         std::fill(low + s.low * s.lanes, low + s.count, 0.0f);
     }
     for (int64_t r = 0; r < s.low; ++r) {
-        smooth_row(m.across + r * s.pitch, m.low + r * s.pitch + s.margin(), m.gram_taps + s.margin(), s.pitch,
-                   s.lanes, s.count);
+        smooth_row(m.across + r * s.pitch, m.low + r * s.pitch + s.margin(), m.gram_taps + s.margin(),
+                   s.pitch, s.lanes, s.count);
     }
     float sums[kBlock] = {};
     for (int64_t r = 0; r < s.low; ++r) {

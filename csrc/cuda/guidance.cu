@@ -9,7 +9,8 @@
 // Two launches. `reduce_rows` reads x and eps once, a tile of groups of rows to a block; it writes what the
 // tile contributes to P x0 P^T, and the clamp mask, four rows to a byte. `spread_rows` sums what the tiles
 // gave, filters the few low rows it needs in shared memory and writes its tile of the cotangent. On the side
-// that moves, per element, 1/2 byte for the mask and about 8 / D^2 for the low rows, through the second cache.
+// that moves, per element, 1/2 byte for the mask and about 8 / D^2 for the low rows, through the second
+// cache.
 //
 // The columns of a row are those of one channel or, in channels_last, of all channels, interleaved: `lanes`.
 
@@ -46,7 +47,8 @@ int64_t reduce_shared(const Plan& p) {
 
 int64_t spread_shared(const Plan& p) { return taps_shared(p) + 8 * int64_t{p.groups + 9} * p.narrow; }
 
-// Without the workspace. The tiles depend on the sizes alone, so that an image's sums do not depend on its batch.
+// Without the workspace. The tiles depend on the sizes alone, so that an image's sums do not depend on its
+// batch.
 Plan plan_for(const GuidanceTensors& t, int64_t lanes) {
     Plan p{};
     p.size = static_cast<int>(t.size);
@@ -189,8 +191,8 @@ __device__ void reduce_group(const GuidanceTensors& t, const Plan& p, const Tile
     }
 }
 
-// sums[r][j] = rows[r] P^T at column j, for four rows at a time so that a weight is read once. Columns apart by
-// D lie side by side in a row: [phase k][q] is column D q + k - lead.
+// sums[r][j] = rows[r] P^T at column j, for four rows at a time so that a weight is read once. Columns apart
+// by D lie side by side in a row: [phase k][q] is column D q + k - lead.
 __device__ void contract(float* sums, const float* rows, const float* weights, int row_count, const Plan& p) {
     const int row_pitch = p.factor * p.pitch;
     const int blocks = (row_count + 3) / 4;
@@ -256,8 +258,8 @@ __global__ void __launch_bounds__(kMaxThreads) reduce_rows(GuidanceTensors t, Pl
         }
     }
     __syncthreads();
-    contract(p.sums + (tile.plane * p.tiles + tile.index) * (p.groups + 3) * p.narrow, rows, weights, row_count,
-             p);
+    contract(p.sums + (tile.plane * p.tiles + tile.index) * (p.groups + 3) * p.narrow, rows, weights,
+             row_count, p);
 }
 
 // low[r, j]: the reference minus what the tiles that row r of P meets have summed.
@@ -275,7 +277,8 @@ __device__ float low_at(const GuidanceTensors& t, const Plan& p, const Tile& til
 
 // The rows first - 6 .. last + 2 of low, then first - 3 .. last - 1 of smooth in their place. Returns this
 // thread's share of <low, smooth> over the rows first - 1 .. last - 2, which are the tile's own.
-__device__ float filter(const GuidanceTensors& t, const Plan& p, const Tile& tile, float* low, float* across) {
+__device__ float filter(const GuidanceTensors& t, const Plan& p, const Tile& tile, float* low,
+                        float* across) {
     constexpr int kReach = static_cast<int>(kGramReach);
     const int top = tile.first - 2 * kReach;
     const int row_count = tile.last - tile.first + 3 * kReach;
@@ -400,7 +403,8 @@ __global__ void __launch_bounds__(kMaxThreads) spread_rows(GuidanceTensors t, Pl
                     float sum[kCount];
 #pragma unroll
                     for (int v = 0; v < kCount; ++v) {
-                        sum[v] = tap.w * rows[0][v] + tap.z * rows[1][v] + tap.y * rows[2][v] + tap.x * rows[3][v];
+                        sum[v] =
+                            tap.w * rows[0][v] + tap.z * rows[1][v] + tap.y * rows[2][v] + tap.x * rows[3][v];
                         if (!(bits.values[v] >> u & 1)) sum[v] = 0.0f;
                     }
                     store(to + h * step * p.width, sum);
@@ -425,8 +429,8 @@ template <class Kernel>
 int launch(Kernel kernel, int64_t blocks, int threads, int64_t shared, cudaStream_t stream,
            const GuidanceTensors& t, const Plan& p) {
     if (shared > kFreeShared) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                       static_cast<int>(shared));
         if (error != cudaSuccess) return kCudaErrorBase + static_cast<int>(error);
     }
     kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared), stream>>>(t, p);
@@ -442,14 +446,15 @@ template <class T>
 int run(const GuidanceTensors& t, const Plan& p, cudaStream_t stream) {
     const int64_t blocks = t.images * p.planes * p.tiles;
     const bool fours = p.width % 4 == 0;
-    const bool reads = fours && by_fours(t.x, 4, t.x_strides, p) && by_fours(t.out, sizeof(T), t.out_strides, p) &&
+    const bool reads = fours && by_fours(t.x, 4, t.x_strides, p) &&
+                       by_fours(t.out, sizeof(T), t.out_strides, p) &&
                        (t.x0 == nullptr || by_fours(t.x0, 4, t.x0_strides, p));
     const bool writes = fours && aligned(t.cotangent, 4 * sizeof(T)) && !(t.interleaved && p.lanes == 1);
     const int status = launch(reads ? reduce_rows<T, 4> : reduce_rows<T, 1>, blocks,
                               threads_for(p.width, reads ? 4 : 1), reduce_shared(p), stream, t, p);
     if (status != kOk) return status;
-    return launch(writes ? spread_rows<T, 4> : spread_rows<T, 1>, blocks, threads_for(p.width, writes ? 4 : 1),
-                  spread_shared(p), stream, t, p);
+    return launch(writes ? spread_rows<T, 4> : spread_rows<T, 1>, blocks,
+                  threads_for(p.width, writes ? 4 : 1), spread_shared(p), stream, t, p);
 }
 
 }  // namespace
@@ -467,10 +472,14 @@ int guidance(const GuidanceTensors& t, void* workspace, void* stream) {
     if (t.images == 0) return kOk;
     carve(t, p, static_cast<char*>(workspace));
     switch (t.dtype) {
-        case kFloat32: return run<float>(t, p, static_cast<cudaStream_t>(stream));
-        case kBfloat16: return run<Bfloat16>(t, p, static_cast<cudaStream_t>(stream));
-        case kFloat16: return run<Float16>(t, p, static_cast<cudaStream_t>(stream));
-        default: return kBadDtype;
+        case kFloat32:
+            return run<float>(t, p, static_cast<cudaStream_t>(stream));
+        case kBfloat16:
+            return run<Bfloat16>(t, p, static_cast<cudaStream_t>(stream));
+        case kFloat16:
+            return run<Float16>(t, p, static_cast<cudaStream_t>(stream));
+        default:
+            return kBadDtype;
     }
 }
 

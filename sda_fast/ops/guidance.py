@@ -181,7 +181,12 @@ def _check(
             "and a factor D that divides it."
         )
     m = down.shape[0]
-    if out.dim() != 4 or out.shape[0] != images or out.shape[1] not in (channels, 2 * channels) or out.shape[2:] != (n, n):
+    if (
+        out.dim() != 4
+        or out.shape[0] != images
+        or out.shape[1] not in (channels, 2 * channels)
+        or out.shape[2:] != (n, n)
+    ):
         raise SdaError(
             f"out has shape {tuple(out.shape)}; for x {tuple(x.shape)} guidance needs [{images}, {channels} or "
             f"{2 * channels}, {n}, {n}]."
