@@ -7,12 +7,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/guidance.h"
 #include "cpu/philox_normal.h"
 #include "cpu/reverse_step.h"
 #include "cpu/to_uint8.h"
 #include "status.h"
 
 #ifdef SDA_CUDA
+#include "cuda/guidance.cuh"
 #include "cuda/philox_normal.cuh"
 #include "cuda/reverse_step.cuh"
 #endif
@@ -162,6 +164,67 @@ void bind_to_uint8(py::module_& m) {
         py::arg("pixels"), py::arg("truncate"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
+sda::GuidanceTensors guidance_tensors(int64_t images, int64_t channels, int64_t size, int64_t low, int dtype,
+                                      bool interleaved, Address x, const sda::ImageStrides& x_strides,
+                                      Address out, const sda::ImageStrides& out_strides,
+                                      Address reference_down, Address down, Address gram, Address table,
+                                      Address position, Address cotangent, Address squares, Address x0,
+                                      const sda::ImageStrides& x0_strides) {
+    return {images,
+            channels,
+            size,
+            low,
+            dtype,
+            interleaved,
+            pointer<float>(x),
+            x_strides,
+            pointer<void>(out),
+            out_strides,
+            pointer<float>(reference_down),
+            pointer<float>(down),
+            pointer<float>(gram),
+            pointer<float>(table),
+            pointer<int64_t>(position),
+            pointer<void>(cotangent),
+            pointer<float>(squares),
+            pointer<float>(x0),
+            x0_strides};
+}
+
+void bind_guidance(py::module_& m) {
+    using sda::GuidanceTensors;
+    using sda::ImageStrides;
+    py::class_<ImageStrides>(m, "ImageStrides")
+        .def(py::init([](int64_t image, int64_t channel, int64_t row, int64_t column) {
+                 return ImageStrides{image, channel, row, column};
+             }),
+             py::arg("image"), py::arg("channel"), py::arg("row"), py::arg("column"));
+    py::class_<GuidanceTensors>(m, "GuidanceTensors")
+        .def(py::init(&guidance_tensors), py::kw_only(), py::arg("images"), py::arg("channels"),
+             py::arg("size"), py::arg("low"), py::arg("dtype"), py::arg("interleaved"), py::arg("x"),
+             py::arg("x_strides"), py::arg("out"), py::arg("out_strides"), py::arg("reference_down"),
+             py::arg("down"), py::arg("gram"), py::arg("table"), py::arg("position"), py::arg("cotangent"),
+             py::arg("squares"), py::arg("x0"), py::arg("x0_strides"));
+    m.def("guidance_cpu_workspace", &sda::cpu::guidance_workspace, py::arg("tensors"), py::arg("threads"));
+    m.def(
+        "guidance_cpu",
+        [](const GuidanceTensors& tensors, Address workspace, int threads) {
+            check(sda::cpu::guidance(tensors, pointer<void>(workspace), threads));
+        },
+        py::arg("tensors"), py::arg("workspace"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+#ifdef SDA_CUDA
+    m.def("guidance_cuda_workspace", &sda::cuda::guidance_workspace, py::arg("tensors"));
+    m.def(
+        "guidance_cuda",
+        [](const GuidanceTensors& tensors, Address workspace, Address stream) {
+            check(sda::cuda::guidance(tensors, pointer<void>(workspace), pointer<void>(stream)));
+        },
+        py::arg("tensors"), py::arg("workspace"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>());
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -179,6 +242,7 @@ PYBIND11_MODULE(_core, m) {
     py::class_<sda::ImageLayout>(m, "ImageLayout")
         .def(py::init(&layout), py::arg("images"), py::arg("outer"), py::arg("inner"),
              py::arg("stride_image"), py::arg("stride_outer"), py::arg("stride_inner"));
+    bind_guidance(m);
     bind_philox_normal(m);
     bind_reverse_step(m);
     bind_to_uint8(m);

@@ -1,5 +1,5 @@
-// The coefficients of a reverse step, float32 [steps, kStepColumns], as sda_fast.diffusion.Schedule.step_table
-// lays them out. Kernels find their row by an index in device memory.
+// The coefficients of a reverse step, float32 [steps, kStepColumns], as
+// sda_fast.diffusion.Schedule.step_table lays them out. Kernels find their row by an index in device memory.
 #pragma once
 
 namespace sda {

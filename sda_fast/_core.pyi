@@ -13,6 +13,40 @@ class ImageLayout:
         self, images: int, outer: int, inner: int, stride_image: int, stride_outer: int, stride_inner: int
     ) -> None: ...
 
+class ImageStrides:
+    """Of a tensor [N, C, H, W], in elements."""
+
+    def __init__(self, image: int, channel: int, row: int, column: int) -> None: ...
+
+class GuidanceTensors:
+    """Sizes, addresses and strides as csrc/guidance.h names them; x0 may be 0."""
+
+    def __init__(
+        self,
+        *,
+        images: int,
+        channels: int,
+        size: int,
+        low: int,
+        dtype: int,
+        interleaved: bool,
+        x: int,
+        x_strides: ImageStrides,
+        out: int,
+        out_strides: ImageStrides,
+        reference_down: int,
+        down: int,
+        gram: int,
+        table: int,
+        position: int,
+        cotangent: int,
+        squares: int,
+        x0: int,
+        x0_strides: ImageStrides,
+    ) -> None: ...
+
+def guidance_cpu_workspace(tensors: GuidanceTensors, threads: int) -> int: ...
+def guidance_cpu(tensors: GuidanceTensors, workspace: int, threads: int) -> None: ...
 def philox_normal_cpu(
     out: int, dtype: int, layout: ImageLayout, seed: int, identities: int, step: int, threads: int
 ) -> None: ...
@@ -62,6 +96,8 @@ def to_uint8_cpu(
 ) -> None: ...
 
 # The entry points on CUDA devices exist only where cuda_built is true.
+def guidance_cuda_workspace(tensors: GuidanceTensors) -> int: ...
+def guidance_cuda(tensors: GuidanceTensors, workspace: int, stream: int) -> None: ...
 def philox_normal_cuda(
     out: int, dtype: int, layout: ImageLayout, seed: int, identities: int, step: int, stream: int
 ) -> None: ...

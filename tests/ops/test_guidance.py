@@ -1,0 +1,426 @@
+"""guidance: every version against float64, the adjoint, the original's numbers, and dependence on one image alone."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sda_fast import _core, ops
+from sda_fast.diffusion import LowPass, Schedule
+from sda_fast.diffusion.schedule import STEP_COLUMNS
+from sda_fast.errors import SdaError
+from sda_fast.ops.guidance import TABLE_COLUMNS, guidance
+from sda_fast.reference.guidance import guidance as plain
+from sda_fast.reference.guidance import guidance_residual
+
+TINY = 1e-6  # of errors relative to the largest value, added to twice the plain version's
+CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
+
+
+class Sizes(NamedTuple):
+    images: int
+    channels: int
+    out_channels: int
+    size: int
+    factor: int
+    dtype: torch.dtype = torch.float32
+    x_format: torch.memory_format = CONTIGUOUS
+    out_format: torch.memory_format = CONTIGUOUS
+
+
+# Odd sizes and factors, one low row, several tiles of rows, factors from none to beyond eight. Small, because Triton's
+# interpreter takes milliseconds for a row.
+CASES = [
+    Sizes(1, 2, 4, 8, 4),
+    Sizes(1, 3, 6, 8, 4, x_format=LAST, out_format=LAST),
+    Sizes(1, 2, 2, 10, 5, out_format=LAST),
+    Sizes(1, 2, 2, 9, 3, torch.bfloat16, x_format=LAST),
+    Sizes(1, 2, 2, 16, 8, torch.float16, LAST, LAST),
+    Sizes(1, 1, 1, 5, 1),
+    Sizes(1, 1, 2, 9, 9, torch.float16),
+    Sizes(1, 1, 1, 96, 16),
+    Sizes(0, 3, 6, 16, 4),
+]
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def matrices(size, factor, dtype=torch.float32):
+    down, _, gram = LowPass(size, factor)._matrices(torch.zeros(1, 1, size, size, dtype=dtype))
+    return down.contiguous(), gram.contiguous()
+
+
+def arguments(sizes, seed=0):
+    """What `guidance` takes, the step somewhere in the middle: most of raw lies in [-1, 1]."""
+    n = sizes.size
+    x = draw(sizes.images, sizes.channels, n, n, seed=seed).to(memory_format=sizes.x_format)
+    out = draw(sizes.images, sizes.out_channels, n, n, seed=seed + 1).to(sizes.dtype)
+    reference = draw(sizes.images, sizes.channels, n, n, seed=seed + 2).clamp(-1, 1)
+    down, gram = matrices(n, sizes.factor)
+    table, position = Schedule.linear("100").step_table(), torch.tensor([20, 7])
+    return x, out.to(memory_format=sizes.out_format), down @ reference @ down.T, down, gram, table, position
+
+
+def oracle(args):
+    """cotangent and squares in float64, of x0 and the mask as float32 has them."""
+    x, out, reference_down, *_ = args
+    _, _, x0 = plain(*args)
+    a, b = args[5][args[6][0], :2]
+    raw = a * x - b * out[:, : x.shape[1]].float()
+    down, gram = matrices(x.shape[2], x.shape[2] // reference_down.shape[2], torch.float64)
+    gradient, squares = guidance_residual(x0.double(), reference_down.double(), down, gram)
+    return torch.where((raw >= -1) & (raw <= 1), gradient, 0), squares, x0
+
+
+def relative(value, expected):
+    if not expected.numel():
+        return 0.0
+    return float((value.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def truncated(*args):
+    """The plain results as Triton's interpreter rounds them: it cuts to bfloat16 where devices round to nearest."""
+    x, out, *rest = args
+    if out.dtype != torch.bfloat16:
+        return plain(*args)
+    cotangent, squares, x0 = plain(x, out.float(), *rest)
+    return (cotangent.view(torch.int32) & -(2**16)).view(torch.float32).to(out.dtype), squares, x0
+
+
+def assert_as_good_as_plain(results, args, low_precision=plain):
+    """The rule of tolerance, the clamp mask and x0 exactly, dtype and memory format."""
+    x, out, *_ = args
+    expected = oracle(args)
+    for result, low, exact in zip(results, low_precision(*args), expected, strict=True):
+        assert result.shape == low.shape
+        assert relative(result, exact) <= 2 * relative(low, exact) + TINY
+    cotangent, squares, x0 = results
+    assert (cotangent.dtype, squares.dtype, x0.dtype) == (out.dtype, torch.float32, torch.float32)
+    assert torch.equal(x0, expected[2])
+    assert not cotangent[expected[0] == 0].any()
+    for result, like in ((cotangent, out[:, : x.shape[1]].clone()), (x0, x)):
+        assert result.is_contiguous(memory_format=LAST if like.is_contiguous(memory_format=LAST) else CONTIGUOUS)
+
+
+def triton_call(args, **kwargs):
+    return "sda_fast.ops", "guidance", args, {"return_x0": True, **kwargs}
+
+
+LARGER = [
+    Sizes(2, 3, 6, 128, 4),
+    Sizes(2, 3, 6, 60, 5, torch.bfloat16, LAST, LAST),
+    Sizes(2, 2, 4, 36, 12, torch.float16, x_format=LAST),
+    Sizes(1, 3, 6, 96, 32, out_format=LAST),
+    Sizes(1, 3, 3, 33, 1, out_format=LAST),
+]
+
+
+@pytest.mark.parametrize("sizes", [*CASES, *LARGER])
+def test_cpp(sizes):
+    args = arguments(sizes)
+    results = guidance(*args, return_x0=True)
+    assert_as_good_as_plain(results, args)
+    without = guidance(*args)
+    assert len(without) == 2
+    assert all(torch.equal(a, b) for a, b in zip(without, results[:2], strict=True))
+    with ops.backend("plain"):
+        assert_as_good_as_plain(guidance(*args, return_x0=True), args)
+
+
+def test_triton(interpret):
+    """Parity on all cases; then, in the same interpreter, other batches, and repetition on poisoned outputs."""
+    cases = [arguments(sizes) for sizes in CASES]
+    batch = arguments(Sizes(7, 1, 1, 4, 2))
+    poisoned = (*(torch.full(shape, float("nan")) for shape in ((7, 1, 4, 4), (7,), (7, 1, 4, 4))), *batch)
+    calls = [triton_call(args) for args in cases]
+    calls += [triton_call(batch), *(triton_call(chosen(batch, rows)) for rows in ROWS)]
+    calls += [("sda_fast.kernels.guidance", "guidance", poisoned, {})]
+    *results, filled = interpret(calls)
+    for args, result in zip(cases, results, strict=False):
+        assert_as_good_as_plain(result, args, truncated)
+    whole, *others = results[len(cases) :]
+    for rows, other in zip(ROWS, others, strict=True):
+        assert_same(other, [result[rows] for result in whole])
+    assert torch.equal(filled, whole[0])
+
+
+ROWS = [[0], [6], [6, 2, 0, 5, 1, 4, 3]]
+
+
+def chosen(args, rows):
+    """The arguments of a batch of only these images."""
+    return tuple(a[rows] for a in args[:3]) + tuple(args[3:])
+
+
+def assert_same(results, expected):
+    for result, value in zip(results, expected, strict=True):
+        assert torch.equal(result, value)
+
+
+@pytest.mark.parametrize("out_format", [CONTIGUOUS, LAST])
+@pytest.mark.parametrize("rows", ROWS)
+def test_an_image_is_alone_in_the_world(rows, out_format):
+    args = arguments(Sizes(7, 3, 6, 64, 4, out_format=out_format))
+    whole = guidance(*args, return_x0=True)
+    assert_same(guidance(*args, return_x0=True), whole)
+    part = chosen(args, rows)
+    part = (part[0], part[1].contiguous(memory_format=out_format), *part[2:])
+    assert_same(guidance(*part, return_x0=True), [result[rows] for result in whole])
+
+
+@pytest.mark.parametrize("out_format", [CONTIGUOUS, LAST])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_matter(one_thread, threads, out_format):
+    args = arguments(Sizes(3, 3, 3, 160, 4, out_format=out_format))
+    one = guidance(*args, return_x0=True)
+    torch.set_num_threads(threads)
+    assert_same(guidance(*args, return_x0=True), one)
+
+
+@pytest.mark.parametrize("x_format", [CONTIGUOUS, LAST])
+@pytest.mark.parametrize("out_format", [CONTIGUOUS, LAST])
+def test_layouts_and_slices_are_read_in_place(x_format, out_format):
+    sizes = Sizes(2, 3, 6, 32, 4, x_format=x_format, out_format=out_format)
+    x, out, *rest = arguments(sizes)
+    expected = guidance(x, out[:, :3].contiguous(memory_format=out_format), *rest, return_x0=True)
+    apart = torch.full((4, 6, 32, 32), float("nan")).to(memory_format=out_format)
+    apart[::2] = out
+    wide = torch.full((2, 5, 32, 32), float("nan")).to(memory_format=x_format)
+    wide[:, 1:4] = x
+    for x_, out_ in ((x, out), (x, out[:, :3]), (x, apart[::2]), (wide[:, 1:4], out)):
+        assert_same(guidance(x_, out_, *rest, return_x0=True), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e5])
+def test_half_precision_is_the_rounded_float32(dtype, scale):
+    """Denormals and what overflows included."""
+    x, out, reference_down, *rest = arguments(Sizes(2, 3, 6, 32, 4, dtype))
+    half = guidance(0 * x, 0 * out, scale * reference_down, *rest)
+    full = guidance(0 * x, 0 * out.float(), scale * reference_down, *rest)
+    assert torch.equal(half[0], full[0].to(dtype))
+    assert torch.equal(half[1], full[1])
+
+
+def test_every_output_is_written():
+    args = arguments(Sizes(2, 3, 6, 20, 5, x_format=LAST))
+    x, out, reference_down, down, gram, table, position = args
+    cotangent, squares, x0 = torch.full_like(x, float("nan")).contiguous(), torch.full((2,), float("nan")), 0 * x / 0
+    tensors = _core.GuidanceTensors(
+        images=2,
+        channels=3,
+        size=20,
+        low=4,
+        dtype=_core.float32,
+        interleaved=False,
+        x=x.data_ptr(),
+        x_strides=_core.ImageStrides(*x.stride()),
+        out=out.data_ptr(),
+        out_strides=_core.ImageStrides(*out.stride()),
+        reference_down=reference_down.data_ptr(),
+        down=down.data_ptr(),
+        gram=gram.data_ptr(),
+        table=table.data_ptr(),
+        position=position.data_ptr(),
+        cotangent=cotangent.data_ptr(),
+        squares=squares.data_ptr(),
+        x0=x0.data_ptr(),
+        x0_strides=_core.ImageStrides(*x0.stride()),
+    )
+    workspace = torch.full((_core.guidance_cpu_workspace(tensors, 1),), 255, dtype=torch.uint8)
+    _core.guidance_cpu(tensors, workspace.data_ptr(), 1)
+    assert_same((cotangent, squares, x0), guidance(*args, return_x0=True))
+
+
+def only_x(x, factor, a=1.0):
+    """Arguments for raw = a x and a reference of zero."""
+    table = torch.tensor([[a, *[0.0] * (TABLE_COLUMNS - 1)]])
+    m = x.shape[2] // factor
+    return (
+        x,
+        torch.zeros_like(x),
+        x.new_zeros(*x.shape[:2], m, m),
+        *matrices(x.shape[2], factor),
+        table,
+        torch.zeros(2).long(),
+    )
+
+
+@pytest.mark.parametrize(("size", "factor"), [(32, 4), (45, 5), (24, 1), (64, 16)])
+def test_the_cotangent_is_the_adjoint_of_the_residual(size, factor):
+    """With phi(d) = -phi(v): cotangent(v) = -phi^T phi v, so <phi v, phi w> = -<cotangent(v), w>."""
+    v, w = (draw(2, 3, size, size, seed=seed).clamp(-1, 1) for seed in (0, 1))
+    cotangent, squares = guidance(*only_x(v, factor))
+    phi = LowPass(size, factor)
+    phi_v, phi_w = phi(v.double()), phi(w.double())
+    scale = float(phi_v.norm() * phi_w.norm())
+    at_the_edge = guidance(*only_x(v, factor, a=2.0))[0] == 0  # |v| > 1/2
+    assert at_the_edge.any()
+    assert abs(float((phi_v * phi_w).sum() + (cotangent.double() * w.double()).sum())) <= TINY * scale
+    assert relative(squares, phi_v.square().sum((1, 2, 3))) <= TINY
+
+
+@pytest.mark.parametrize(("size", "factor"), [(32, 2), (32, 4), (64, 8), (256, 4), (256, 32)])
+def test_the_original_gradient(load_reference, size, factor):
+    """The gradient of the norm does not feel a common scale of x and reference, which brings x into [-1, 1]."""
+    tensors, _ = load_reference("lowpass")
+    prefix = f"size{size}_factor{factor}/"
+    case = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    scale = 0.99 / float(case["x"].abs().max())
+    x, out, _, down, gram, table, position = only_x(case["x"], factor, a=scale)
+    reference_down = scale * (down @ case["reference"] @ down.T)
+    cotangent, squares = guidance(x, out, reference_down, down, gram, table, position)
+    norm = squares.sum().sqrt()
+    assert relative(norm / scale, case["norm"].double()) <= 1e-5
+    assert relative(-cotangent / norm, case["grad_x"].double()) <= 1e-5
+
+
+def test_without_a_residual_everything_is_zero():
+    args = only_x(torch.zeros(2, 3, 16, 16), 4)
+    for backend in ("cpp", "plain"):
+        with ops.backend(backend):
+            cotangent, squares = guidance(*args)
+        assert not cotangent.any()
+        assert not squares.any()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "plain"])
+def test_the_edges_of_the_clamp_belong_to_it(backend):
+    values = torch.tensor([-1.0, 1.0, -1.0000001, 1.0000001, -(1 - 2**-24), 5.0, -float("inf"), 0.0])
+    args = only_x(values.repeat(1, 1, 8, 1), 2)
+    with ops.backend(backend):
+        cotangent, squares, x0 = guidance(*args, return_x0=True)
+    assert torch.equal((cotangent != 0)[0, 0, 3], torch.tensor([1, 1, 0, 0, 1, 0, 0, 1]).bool())
+    assert torch.equal(x0, values.repeat(1, 1, 8, 1).clamp(-1, 1))
+    assert squares.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "plain"])
+@pytest.mark.parametrize("where", [(0, 0), (5, 9), (15, 15)])
+def test_nan_is_not_hidden(backend, where):
+    x, *rest = arguments(Sizes(2, 3, 6, 16, 4))
+    x[(0, 1, *where)] = float("nan")
+    with ops.backend(backend):
+        _, squares = guidance(x, *rest)
+    assert squares.isnan().tolist() == [True, False]
+
+
+def test_the_bands():
+    """All that is not zero in LowPass's matrices lies where the operators look."""
+    assert len(STEP_COLUMNS) == TABLE_COLUMNS
+    for factor in range(1, 17):
+        for low in (1, 2, 3, 4, 7, 16, 32):
+            down, gram = matrices(low * factor, factor)
+            row, column = down.nonzero(as_tuple=True)
+            tap = column - (factor * row - 3 * factor // 2)
+            assert tap.min() >= 0
+            assert tap.max() < 4 * factor
+            row, column = gram.nonzero(as_tuple=True)
+            assert (row - column).abs().max() <= 3
+
+
+@pytest.mark.parametrize("sizes", [LARGER[0], LARGER[1], CASES[-1]])
+def test_opcheck(sizes):
+    args = arguments(sizes)
+    torch.library.opcheck(torch.ops.sda_fast.guidance.default, args)
+    torch.library.opcheck(torch.ops.sda_fast.guidance_x0.default, args)
+
+
+def test_tracing_and_compiling():
+    def step(*args):
+        cotangent, squares, x0 = guidance(*args, return_x0=True)
+        return 2 * cotangent, squares.sqrt(), x0
+
+    args = arguments(LARGER[1])
+    traced = make_fx(step)(*args)
+    assert any(node.target is torch.ops.sda_fast.guidance_x0.default for node in traced.graph.nodes)
+    assert_same(traced(*args), step(*args))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(*args), step(*args))
+
+
+NAMES = ("x", "out", "reference_down", "down", "gram", "table", "position")
+MISTAKES = {
+    "x has shape \\(2, 3, 16\\)": dict(x=torch.zeros(2, 3, 16)),
+    "square images": dict(x=torch.zeros(2, 3, 16, 15)),
+    "out has shape \\(2, 4, 16, 16\\); .* \\[2, 3 or 6, 16, 16\\]": dict(out=torch.zeros(2, 4, 16, 16)),
+    "a factor D that divides it": dict(down=torch.zeros(3, 16)),
+    "down has shape \\(4, 20\\)": dict(down=torch.zeros(4, 20)),
+    "reference_down has shape": dict(reference_down=torch.zeros(2, 3, 16, 16)),
+    "gram has shape": dict(gram=torch.zeros(4, 5)),
+    "table has shape \\(100, 3\\)": dict(table=torch.zeros(100, 3)),
+    "table has no rows": dict(table=torch.zeros(0, 8)),
+    "position is torch.int32": dict(position=torch.zeros(2, dtype=torch.int32)),
+    "position is torch.int64 \\(\\)": dict(position=torch.tensor(3)),
+    "x is torch.float16; .* pass x.float": dict(x=torch.zeros(2, 3, 16, 16).half()),
+    "out is torch.float64; guidance takes float32, bfloat16, float16": dict(out=torch.zeros(2, 3, 16, 16).double()),
+    "position lies on meta and x on cpu": dict(position=torch.zeros(2, dtype=torch.int64, device="meta")),
+    "down is not contiguous": dict(down=torch.zeros(16, 4).T),
+    "out has shape .* and strides .* side by side": dict(out=torch.zeros(2, 3, 16, 32)[..., ::2]),
+    "x has shape .* and strides .* pass x.contiguous": dict(x=torch.zeros(2, 3, 16, 16).transpose(2, 3)),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes(message):
+    args = dict(zip(NAMES, arguments(Sizes(2, 3, 6, 16, 4)), strict=True))
+    with pytest.raises(SdaError, match=message):
+        guidance(**{**args, **MISTAKES[message]})
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_compiles(compile_triton, capability):
+    from sda_fast.kernels.guidance import compilations
+
+    for kernel, signature, constexprs, options in compilations():
+        cubin, resources = compile_triton(kernel, signature, constexprs, capability, **options)
+        assert cubin.startswith(b"\x7fELF")
+        assert (resources.spills, resources.stack) == (0, 0), (kernel.__name__, constexprs)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_cuda_compiles(compile_cuda, capability):
+    resources = compile_cuda("guidance.cu", capability)
+    assert (resources.spills, resources.stack) == (0, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_on_the_device(backend):
+    """Parity, repetition, other batches, slices, zero and NaN, as above."""
+    if backend == "cuda" and not _core.cuda_built:
+        pytest.skip("this installation was built without CUDA")
+
+    def run(args, **kwargs):
+        with ops.backend(backend):
+            return [r.cpu() for r in guidance(*(a.cuda() for a in args), return_x0=True, **kwargs)]
+
+    big = [
+        Sizes(2, 3, 6, 256, 4),
+        Sizes(2, 3, 6, 256, 4, torch.bfloat16, LAST, LAST),
+        Sizes(1, 3, 3, 256, 1),
+        Sizes(2, 3, 3, 512, 8, torch.float16, out_format=LAST),
+        Sizes(1, 3, 3, 512, 1, out_format=LAST),
+    ]
+    for sizes in [*CASES, *LARGER, *big]:
+        args = arguments(sizes)
+        assert_as_good_as_plain(run(args), args)
+    for out_format in (CONTIGUOUS, LAST):
+        args = arguments(Sizes(7, 3, 6, 64, 4, out_format=out_format))
+        whole = run(args)
+        assert_same(run(args), whole)
+        for rows in ROWS:
+            part = chosen(args, rows)
+            part = (part[0], part[1].contiguous(memory_format=out_format), *part[2:])
+            assert_same(run(part), [result[rows] for result in whole])
+    x, out, *rest = (a.cuda() for a in arguments(Sizes(2, 3, 6, 32, 4)))
+    with ops.backend(backend):
+        assert_same(guidance(x, out[:, :3], *rest), guidance(x, out, *rest))
+        x[0, 1, 5, 9] = float("nan")
+        assert guidance(x, out, *rest)[1].isnan().tolist() == [True, False]
+    cotangent, squares, _ = run(only_x(torch.zeros(2, 3, 16, 16), 4))
+    assert not cotangent.any()
+    assert not squares.any()
