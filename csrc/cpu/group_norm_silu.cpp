@@ -91,27 +91,27 @@ void merge(Moments* a, double count, double mean, double squares) {
 Moments moments_of(int dtype, const Input& x, int64_t n, int64_t first, int64_t count) {
     int64_t lanes = kFolded;
     while (lanes > count) lanes /= 2;
-    float mean[kFolded], squares[kFolded];
-    float rest[kFolded], zero[kFolded];
+    float base[kFolded], offset[kFolded], squares[kFolded];
+    float rest[kFolded], ignored[2][kFolded];
     int64_t remaining = 0;
     for_tiles(count, lanes, [&](int64_t element, const Tile& tile, int64_t done) {
         const Source source = read(x, dtype, n, first + element, lanes);
         if (tile.lanes == lanes) {
-            merge_moments(dtype, source, tile, done, mean, squares);
+            merge_moments(dtype, source, tile, done, {base, offset, squares});
         } else {
             remaining = tile.lanes;
-            merge_moments(dtype, source, tile, 0, rest, zero);
+            merge_moments(dtype, source, tile, 0, {rest, ignored[0], ignored[1]});
         }
     });
     float rows = static_cast<float>(count / lanes);
     for (int64_t half = lanes / 2; half > 0; half /= 2, rows *= 2.0f) {
         for (int64_t i = 0; i < half; ++i) {
-            const float delta = mean[half + i] - mean[i];
-            mean[i] += 0.5f * delta;
+            const float delta = (base[half + i] - base[i]) + (offset[half + i] - offset[i]);
+            offset[i] += 0.5f * delta;
             squares[i] += squares[half + i] + 0.5f * rows * (delta * delta);
         }
     }
-    Moments all{static_cast<double>(count - remaining), mean[0], squares[0]};
+    Moments all{static_cast<double>(count - remaining), static_cast<double>(base[0]) + offset[0], squares[0]};
     for (int64_t i = 0; i < remaining; ++i) merge(&all, 1.0, rest[i], 0.0);
     return all;
 }
@@ -212,25 +212,27 @@ void backward_contiguous(int dtype, const Input& dy, const Input& x, const Outpu
 
 // ---- channels_last: spans of pixels, two numbers per span and channel, coefficients per channel.
 
-// Two numbers of every channel, one pair for each span of each image.
+// A few numbers of every channel for each span of each image, zero at first.
 class Partials {
   public:
-    explicit Partials(const NormLayout& where)
+    Partials(const NormLayout& where, int numbers)
         : channels(where.channels),
           pixels(std::max<int64_t>(1, kSpan / where.channels)),
           spans((where.spatial + pixels - 1) / pixels),
           spatial(where.spatial),
-          first_(where.images * spans * channels),
-          second_(where.images * spans * channels) {}
+          size_(where.images * spans * channels),
+          values_(static_cast<size_t>(size_ * numbers)) {}
 
-    float* first(int64_t n, int64_t span) { return &first_[(n * spans + span) * channels]; }
-    float* second(int64_t n, int64_t span) { return &second_[(n * spans + span) * channels]; }
+    float* number(int which, int64_t n, int64_t span) {
+        return &values_[static_cast<size_t>(which * size_ + (n * spans + span) * channels)];
+    }
     int64_t count(int64_t span) const { return std::min(pixels, spatial - span * pixels); }
 
     const int64_t channels, pixels, spans, spatial;
 
   private:
-    std::vector<float> first_, second_;
+    int64_t size_;
+    std::vector<float> values_;
 };
 
 // Coefficients of every channel of every image, and room for `letters` of them.
@@ -293,26 +295,31 @@ void forward_channels_last(int dtype, const Input& x, const Output& y, const Sta
                            const NormParameters& p, double eps, int threads) {
     const int64_t size = x.where.channels / p.groups, pitch_x = x.where.stride_spatial;
     const int64_t pitch_y = y.where.stride_spatial;
-    Partials partials(x.where);
+    Partials partials(x.where, 3);
     ChannelCoefficients coefficients(x.where, 3);
     const auto moments = [&](int64_t n, int64_t span) {
+        float* base = partials.number(0, n, span);
+        float* offset = partials.number(1, n, span);
+        float* squares = partials.number(2, n, span);
         for_tiles(partials, span, [&](int64_t pixel, int64_t c, const Tile& tile, int64_t done) {
             merge_moments(dtype, read(x, dtype, n, pixel * pitch_x + c, pitch_x), tile, done,
-                          partials.first(n, span) + c, partials.second(n, span) + c);
+                          {base + c, offset + c, squares + c});
         });
     };
     const auto finish = [&](int64_t n) {
         for (int64_t g = 0; g < p.groups; ++g) {
             Moments all;
             for (int64_t span = 0; span < partials.spans; ++span) {
-                const float* mean = partials.first(n, span) + g * size;
-                const float* squares = partials.second(n, span) + g * size;
+                const float* base = partials.number(0, n, span) + g * size;
+                const float* offset = partials.number(1, n, span) + g * size;
+                const float* squares = partials.number(2, n, span) + g * size;
                 const double count = static_cast<double>(partials.count(span));
                 double middle = 0.0, spread = 0.0;
-                for (int64_t i = 0; i < size; ++i) middle += mean[i];
+                for (int64_t i = 0; i < size; ++i) middle += static_cast<double>(base[i]) + offset[i];
                 middle /= static_cast<double>(size);
                 for (int64_t i = 0; i < size; ++i) {
-                    spread += squares[i] + count * (mean[i] - middle) * (mean[i] - middle);
+                    const double delta = static_cast<double>(base[i]) + offset[i] - middle;
+                    spread += squares[i] + count * delta * delta;
                 }
                 merge(&all, count * static_cast<double>(size), middle, spread);
             }
@@ -338,7 +345,7 @@ void backward_channels_last(int dtype, const Input& dy, const Input& x, const Ou
                             const NormParameters& p, int threads) {
     const int64_t size = x.where.channels / p.groups, pitch_x = x.where.stride_spatial;
     const int64_t pitch_dy = dy.where.stride_spatial, pitch_dx = dx.where.stride_spatial;
-    Partials partials(x.where);
+    Partials partials(x.where, 2);
     ChannelCoefficients coefficients(x.where, 5);
     for (int64_t n = 0; n < x.where.images; ++n) {
         for (int64_t c = 0; c < x.where.channels; ++c) {
@@ -351,7 +358,7 @@ void backward_channels_last(int dtype, const Input& dy, const Input& x, const Ou
         for_tiles(partials, span, [&](int64_t pixel, int64_t c, const Tile& tile, int64_t) {
             add_sums(dtype, p.silu, read(dy, dtype, n, pixel * pitch_dy + c, pitch_dy),
                      read(x, dtype, n, pixel * pitch_x + c, pitch_x), tile, coefficients.backward(n, c),
-                     partials.first(n, span) + c, partials.second(n, span) + c);
+                     partials.number(0, n, span) + c, partials.number(1, n, span) + c);
         });
     };
     const auto finish = [&](int64_t n) {
@@ -360,8 +367,8 @@ void backward_channels_last(int dtype, const Input& dy, const Input& x, const Ou
             for (int64_t span = 0; span < partials.spans; ++span) {
                 for (int64_t c = g * size; c < (g + 1) * size; ++c) {
                     const double slope = *coefficients.letter(1, n, c);
-                    total += slope * partials.first(n, span)[c];
-                    moment += slope * partials.second(n, span)[c];
+                    total += slope * partials.number(0, n, span)[c];
+                    moment += slope * partials.number(1, n, span)[c];
                 }
             }
             const double count = static_cast<double>(size * x.where.spatial);

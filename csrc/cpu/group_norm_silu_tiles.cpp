@@ -17,43 +17,45 @@
 namespace sda::cpu {
 namespace {
 
-// Two passes, the first relative to the first row: neither a large mean nor an outlier costs precision.
+// Two passes, so that neither a large mean nor an outlier costs precision.
 template <class T>
-SDA_INLINE void merge_moments_of(const Source& source, const Tile& tile, int64_t done, float* mean,
-                                 float* squares) {
+SDA_INLINE void merge_moments_of(const Source& source, const Tile& tile, int64_t done,
+                                 const LaneMoments& moments) {
     const T* x = static_cast<const T*>(source.data);
-    float center[kLanes], sum[kLanes];
-    for (int64_t i = 0; i < tile.lanes; ++i) {
-        center[i] = widen(x[i]);
-        sum[i] = 0.0f;
+    float *base = moments.base, *offset = moments.offset, *squares = moments.squares;
+    if (done == 0) {
+        for (int64_t i = 0; i < tile.lanes; ++i) {
+            base[i] = widen(x[i]);
+            offset[i] = 0.0f;
+            squares[i] = 0.0f;
+        }
     }
-    for (int64_t r = 1; r < tile.rows; ++r) {
+    float center[kLanes], sum[kLanes];
+    std::fill(sum, sum + tile.lanes, 0.0f);
+    for (int64_t r = 0; r < tile.rows; ++r) {
         const T* row = x + r * source.pitch;
-        for (int64_t i = 0; i < tile.lanes; ++i) sum[i] += widen(row[i]) - center[i];
+#pragma GCC ivdep
+        for (int64_t i = 0; i < tile.lanes; ++i) sum[i] += widen(row[i]) - base[i];
     }
     const float rows = static_cast<float>(tile.rows);
     for (int64_t i = 0; i < tile.lanes; ++i) {
-        center[i] += sum[i] / rows;
+        center[i] = sum[i] / rows;
         sum[i] = 0.0f;
     }
     for (int64_t r = 0; r < tile.rows; ++r) {
         const T* row = x + r * source.pitch;
+#pragma GCC ivdep
         for (int64_t i = 0; i < tile.lanes; ++i) {
-            const float d = widen(row[i]) - center[i];
+            const float d = widen(row[i]) - base[i] - center[i];
             sum[i] += d * d;
         }
-    }
-    if (done == 0) {
-        std::copy(center, center + tile.lanes, mean);
-        std::copy(sum, sum + tile.lanes, squares);
-        return;
     }
     const float share = rows / static_cast<float>(done + tile.rows);
     const float weight = static_cast<float>(done) * share;
 #pragma GCC ivdep
     for (int64_t i = 0; i < tile.lanes; ++i) {
-        const float delta = center[i] - mean[i];
-        mean[i] += delta * share;
+        const float delta = center[i] - offset[i];
+        offset[i] += delta * share;
         squares[i] += sum[i] + delta * delta * weight;
     }
 }
@@ -125,11 +127,11 @@ SDA_INLINE void apply_gradient_to(const Source& cotangent, const Source& source,
 
 }  // namespace
 
-SDA_CLONES void merge_moments(int dtype, const Source& x, const Tile& tile, int64_t done, float* mean,
-                              float* squares) {
-    if (dtype == kFloat32) merge_moments_of<float>(x, tile, done, mean, squares);
-    if (dtype == kBfloat16) merge_moments_of<Bfloat16>(x, tile, done, mean, squares);
-    if (dtype == kFloat16) merge_moments_of<Float16>(x, tile, done, mean, squares);
+SDA_CLONES void merge_moments(int dtype, const Source& x, const Tile& tile, int64_t done,
+                              const LaneMoments& moments) {
+    if (dtype == kFloat32) merge_moments_of<float>(x, tile, done, moments);
+    if (dtype == kBfloat16) merge_moments_of<Bfloat16>(x, tile, done, moments);
+    if (dtype == kFloat16) merge_moments_of<Float16>(x, tile, done, moments);
 }
 
 SDA_CLONES void apply_norm(int dtype, bool silu, const Source& x, const Target& y, const Tile& tile,

@@ -34,8 +34,16 @@ struct Coefficients {
     const float* drift = nullptr;  // M
 };
 
-// The mean and the sum of squared deviations of every lane, merged into those of the `done` rows before.
-void merge_moments(int dtype, const Source& x, const Tile& tile, int64_t done, float* mean, float* squares);
+// The mean, as base + offset, and the sum of squared deviations of every lane, merged into those of the
+// `done` rows before. The base is the lane's first element: what is added up is small where the numbers are
+// not.
+struct LaneMoments {
+    float* base;
+    float* offset;
+    float* squares;
+};
+
+void merge_moments(int dtype, const Source& x, const Tile& tile, int64_t done, const LaneMoments& moments);
 
 // y of x.
 void apply_norm(int dtype, bool silu, const Source& x, const Target& y, const Tile& tile,

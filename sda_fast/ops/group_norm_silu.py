@@ -75,19 +75,20 @@ def _forward(
         for statistic, value in zip((mean, rstd), plain.group_norm_statistics(x, groups, eps), strict=True):
             statistic.copy_(value)
         return y, mean, rstd
+    vectors = _vectors(weight, bias, scale, shift)
     where_x, where_y = norm_layout(x, "x"), norm_layout(y, "y")
     if version == "triton":
         from sda_fast.kernels import group_norm_silu as kernel
 
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            kernel.group_norm_silu(x, y, mean, rstd, weight, bias, scale, shift, eps, silu, where_x, where_y)
+        layouts = (where_x, where_y)
+        with _on_device_of(x):
+            kernel.group_norm_silu(x, y, mean, rstd, *vectors, eps=eps, silu=silu, layouts=layouts)
         return y, mean, rstd
     c = core()
-    parameters, alive = _parameters(weight, bias, scale, shift, groups, silu)
+    parameters, _alive = _parameters(vectors, groups, silu)
     addresses = (t.data_ptr() for t in (x, y, mean, rstd))
     layouts = (c.NormLayout(*where_x), c.NormLayout(*where_y))
     c.group_norm_silu_cpu(*addresses, _code(x), *layouts, parameters, eps, torch.get_num_threads())
-    del alive
     return y, mean, rstd
 
 
@@ -126,23 +127,21 @@ def _backward(
     if x.numel() == 0:
         return dx
     if version == "plain":
-        return dx.copy_(
-            plain.group_norm_silu_backward(dy, x, weight, bias, mean, rstd, scale, shift, groups, silu)
-        )
+        return dx.copy_(plain.group_norm_silu_backward(dy, x, weight, bias, mean, rstd, scale, shift, groups, silu))
     dy, mean, rstd = _in_format_of(dy, dx), mean.contiguous(), rstd.contiguous()
+    vectors = _vectors(weight, bias, scale, shift)
     layouts = norm_layout(dy, "dy"), norm_layout(x, "x"), norm_layout(dx, "dx")
     if version == "triton":
-        from sda_fast.kernels import group_norm_silu as kernel
+        from sda_fast.kernels import group_norm_silu_backward as kernel
 
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            kernel.group_norm_silu_backward(dy, x, dx, mean, rstd, weight, bias, scale, shift, silu, *layouts)
+        with _on_device_of(x):
+            kernel.group_norm_silu_backward(dy, x, dx, mean, rstd, *vectors, silu=silu, layouts=layouts)
         return dx
     c = core()
-    parameters, alive = _parameters(weight, bias, scale, shift, groups, silu)
+    parameters, _alive = _parameters(vectors, groups, silu)
     addresses = (t.data_ptr() for t in (dy, x, dx, mean, rstd))
     codes = (c.NormLayout(*layout) for layout in layouts)
     c.group_norm_silu_backward_cpu(*addresses, _code(x), *codes, parameters, torch.get_num_threads())
-    del alive
     return dx
 
 
@@ -203,7 +202,7 @@ def norm_layout(x: Tensor, name: str) -> NormLayout:
     if x.numel() == 0 or _dense((channels, *sizes), (stride_channel, *strides), 1):
         return NormLayout(images, channels, spatial, stride_image, spatial, 1)
     pitch = next((stride for size, stride in zip(sizes[::-1], strides[::-1], strict=True) if size > 1), channels)
-    if (channels == 1 or stride_channel == 1) and pitch >= channels and _dense(sizes, strides, pitch):
+    if stride_channel == 1 and channels > 1 and pitch >= channels and _dense(sizes, strides, pitch):
         return NormLayout(images, channels, spatial, stride_image, 1, pitch)
     raise SdaError(
         f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; each image must be contiguous or "
@@ -241,19 +240,21 @@ def _in_format_of(dy: Tensor, dx: Tensor) -> Tensor:
     return torch.empty_like(dx).copy_(dy)
 
 
-def _parameters(
-    weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, silu: bool
-) -> tuple[Any, list[Tensor | None]]:
+def _vectors(weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> list[Tensor | None]:
+    """The same with channels side by side, as the kernels read them."""
+    return [None if p is None else p if p.stride(-1) == 1 else p.contiguous() for p in (weight, bias, scale, shift)]
+
+
+def _parameters(vectors: list[Tensor | None], groups: int, silu: bool) -> tuple[Any, list[Tensor | None]]:
     """For the C++ version, and the float32 tensors that must outlive its call."""
-    vectors = [p.float().contiguous() for p in (weight, bias)]
-    rows = [None if p is None else _unit_rows(p.float()) for p in (scale, shift)]
-    addresses = [0 if p is None else p.data_ptr() for p in (*vectors, *rows)]
-    strides = [0 if p is None else p.stride(0) for p in rows]
-    return core().NormParameters(*addresses, *strides, groups, silu), [*vectors, *rows]
+    alive = [None if p is None else p.float() for p in vectors]
+    addresses = [0 if p is None else p.data_ptr() for p in alive]
+    strides = [0 if p is None else p.stride(0) for p in alive[2:]]
+    return core().NormParameters(*addresses, *strides, groups, silu), alive
 
 
-def _unit_rows(p: Tensor) -> Tensor:
-    return p if p.stride(1) == 1 else p.contiguous()
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _code(x: Tensor) -> int:
