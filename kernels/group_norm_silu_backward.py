@@ -1,0 +1,256 @@
+"""The derivative of GroupNorm, scale and shift per image and SiLU by x, in Triton.
+
+    dx = A du + K (x - mean) + M,   du = dy sigmoid(u) (1 + u (1 - sigmoid(u)))
+    K  = -rstd^2 / m  sum A du (x - mean),   M = -1 / m  sum A du
+
+with u and A of `group_norm_silu` and the sums over the m elements of a group. u is computed anew from x and the
+statistics, twice. Shapes: dy, x, dx [N, C, S], contiguous or channels_last, mean, rstd, K, M float32 [N, groups]. Bytes
+moved: dy and x twice, dx once. Source: the chain rule for Wu and He, "Group normalization", 2018, equations 1 to 3.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sda_fast.kernels.group_norm_silu import (
+    MERGE_OPTIONS,
+    across,
+    affine_of,
+    aligned,
+    channels_of,
+    compilations_of,
+    cut_of,
+    image_of,
+    jit,
+    offsets_of,
+    options_of,
+    place_of,
+    split_of,
+    strides_of,
+    sum_groups,
+)
+
+TILE = 2048  # elements of each of the two tensors that are read
+
+
+@triton.jit
+def through_silu(dy, u, SILU: tl.constexpr):
+    """dy times the derivative of SiLU at u."""
+    if SILU:
+        sigmoid = 1.0 / (1.0 + tl.exp(-u))
+        dy = dy * (sigmoid * (1.0 + u * (1.0 - sigmoid)))
+    return dy
+
+
+@jit
+def sums_kernel(
+    p_dy,
+    p_x,
+    p_parts,
+    p_mean,
+    p_rstd,
+    p_weight,
+    p_bias,
+    p_scale,
+    p_shift,
+    spatial,
+    splits,
+    per_split,
+    stride_dy,
+    stride_x,
+    pitch_dy,
+    pitch_x,
+    stride_scale,
+    stride_shift,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """The sums of A du and of A du (x - mean) of a split of a group: p_parts float32 [N, slots, 2, GROUPS]."""
+    i_block, i_split, i_image = place_of(splits, GROUPS, SIZE, PARTS, BLOCK_C)
+    IN_BLOCK: tl.constexpr = 1 if PARTS > 1 else BLOCK_C // triton.next_power_of_2(SIZE)
+    channel, i_group, m_channel = channels_of(i_block, GROUPS, SIZE, PARTS, BLOCK_C)
+    mean, slope, offset = affine_of(
+        p_mean,
+        p_rstd,
+        p_weight,
+        p_bias,
+        p_scale,
+        p_shift,
+        stride_scale,
+        stride_shift,
+        i_image,
+        i_group,
+        channel,
+        m_channel,
+        GROUPS,
+    )
+    p_cotangent = image_of(p_dy, i_image, stride_dy, VECTOR)
+    p_from = image_of(p_x, i_image, stride_x, VECTOR)
+    first, rows = split_of(i_split, per_split, spatial, CHANNELS_LAST, VECTOR)
+    within = tl.arange(0, BLOCK_S)
+    if CHANNELS_LAST:
+        sums = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    else:
+        sums = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    moments = sums
+    for start in range(0, rows, BLOCK_S):
+        position = first + start + within
+        m_tile = across(m_channel, CHANNELS_LAST) & across(start + within < rows, not CHANNELS_LAST)
+        o_dy = offsets_of(channel, position, pitch_dy, CHANNELS_LAST, VECTOR)
+        o_x = offsets_of(channel, position, pitch_x, CHANNELS_LAST, VECTOR)
+        b_dy = tl.load(p_cotangent + o_dy, mask=m_tile, other=0.0).to(tl.float32)
+        b_x = tl.load(p_from + o_x, mask=m_tile, other=0.0).to(tl.float32)
+        d = b_x - across(mean, CHANNELS_LAST)
+        du = through_silu(b_dy, d * across(slope, CHANNELS_LAST) + across(offset, CHANNELS_LAST), SILU)
+        du = du * across(slope, CHANNELS_LAST)  # zero where the mask is: dy is zero there
+        sums += du
+        moments += du * d
+    o_group = i_block // PARTS * IN_BLOCK + tl.arange(0, IN_BLOCK)
+    p_slot = p_parts + ((i_image * splits + i_split) * PARTS + i_block % PARTS) * (2 * GROUPS) + o_group
+    tl.store(p_slot, sum_groups(sums, CHANNELS_LAST, IN_BLOCK, BLOCK_C), mask=o_group < GROUPS)
+    tl.store(p_slot + GROUPS, sum_groups(moments, CHANNELS_LAST, IN_BLOCK, BLOCK_C), mask=o_group < GROUPS)
+
+
+@jit
+def finish_sums_kernel(
+    p_parts,
+    p_rstd,
+    p_pull,
+    p_drift,
+    spatial,
+    slots,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """K and M of one group of one image from its slots."""
+    i = tl.program_id(0).to(tl.int64)
+    i_slot = tl.arange(0, SLOTS)
+    p_slot = p_parts + (i // GROUPS * slots + i_slot) * (2 * GROUPS) + i % GROUPS
+    count = SIZE * spatial.to(tl.float32)
+    total = tl.sum(tl.load(p_slot, mask=i_slot < slots, other=0.0)) / count
+    moment = tl.sum(tl.load(p_slot + GROUPS, mask=i_slot < slots, other=0.0)) / count
+    rstd = tl.load(p_rstd + i)
+    tl.store(p_pull + i, -(rstd * moment) * rstd)
+    tl.store(p_drift + i, -total)
+
+
+@jit
+def gradient_kernel(
+    p_dy,
+    p_x,
+    p_dx,
+    p_pull,
+    p_drift,
+    p_mean,
+    p_rstd,
+    p_weight,
+    p_bias,
+    p_scale,
+    p_shift,
+    spatial,
+    splits,
+    per_split,
+    stride_dy,
+    stride_x,
+    stride_dx,
+    pitch_dy,
+    pitch_x,
+    pitch_dx,
+    stride_scale,
+    stride_shift,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """dx of one split of a block of channels."""
+    i_block, i_split, i_image = place_of(splits, GROUPS, SIZE, PARTS, BLOCK_C)
+    channel, i_group, m_channel = channels_of(i_block, GROUPS, SIZE, PARTS, BLOCK_C)
+    mean, slope, offset = affine_of(
+        p_mean,
+        p_rstd,
+        p_weight,
+        p_bias,
+        p_scale,
+        p_shift,
+        stride_scale,
+        stride_shift,
+        i_image,
+        i_group,
+        channel,
+        m_channel,
+        GROUPS,
+    )
+    o_group = i_image * GROUPS + i_group
+    pull = tl.load(p_pull + o_group, mask=m_channel, other=0.0)
+    drift = tl.load(p_drift + o_group, mask=m_channel, other=0.0)
+    p_cotangent = image_of(p_dy, i_image, stride_dy, VECTOR)
+    p_from = image_of(p_x, i_image, stride_x, VECTOR)
+    p_to = image_of(p_dx, i_image, stride_dx, VECTOR)
+    first, rows = split_of(i_split, per_split, spatial, CHANNELS_LAST, VECTOR)
+    within = tl.arange(0, BLOCK_S)
+    for start in range(0, rows, BLOCK_S):
+        position = first + start + within
+        m_tile = across(m_channel, CHANNELS_LAST) & across(start + within < rows, not CHANNELS_LAST)
+        o_dy = offsets_of(channel, position, pitch_dy, CHANNELS_LAST, VECTOR)
+        o_x = offsets_of(channel, position, pitch_x, CHANNELS_LAST, VECTOR)
+        o_dx = offsets_of(channel, position, pitch_dx, CHANNELS_LAST, VECTOR)
+        b_dy = tl.load(p_cotangent + o_dy, mask=m_tile, other=0.0).to(tl.float32)
+        b_x = tl.load(p_from + o_x, mask=m_tile, other=0.0).to(tl.float32)
+        d = b_x - across(mean, CHANNELS_LAST)
+        du = through_silu(b_dy, d * across(slope, CHANNELS_LAST) + across(offset, CHANNELS_LAST), SILU)
+        b_dx = across(slope, CHANNELS_LAST) * du + (across(pull, CHANNELS_LAST) * d + across(drift, CHANNELS_LAST))
+        tl.store(p_to + o_dx, b_dx.to(p_dx.dtype.element_ty), mask=m_tile)
+
+
+def group_norm_silu_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    dx: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    *,
+    silu: bool,
+    layouts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+) -> None:
+    """Writes dx; `layouts` are those of dy, x and dx."""
+    cut, constants = cut_of(layouts[1], mean, x, TILE)
+    dy, stride_dy, pitch_dy = aligned(dy, layouts[0], cut)
+    x, stride_x, pitch_x = aligned(x, layouts[1], cut)
+    dx, stride_dx, pitch_dx = strides_of(dx, layouts[2])
+    images, spatial, groups, options = len(mean), layouts[1][2], mean.shape[1], options_of(cut)
+    slots = cut.splits * cut.parts
+    parts = torch.empty(images, slots, 2, groups, dtype=torch.float32, device=x.device)
+    pull, drift = torch.empty_like(mean), torch.empty_like(mean)
+    grid, split = (images * cut.splits * cut.blocks,), (spatial, cut.splits, cut.per_split)
+    rows = [0 if p is None else p.stride(0) for p in (scale, shift)]
+    vectors = (mean, rstd, weight, bias, scale, shift)
+    places = (stride_dy, stride_x, pitch_dy, pitch_x, *rows)
+    sums_kernel[grid](dy, x, parts, *vectors, *split, *places, SILU=silu, **constants, **options)
+    finish = {"GROUPS": groups, "SIZE": constants["SIZE"], "SLOTS": triton.next_power_of_2(slots)}
+    finish_sums_kernel[(images * groups,)](parts, rstd, pull, drift, spatial, slots, **finish, **MERGE_OPTIONS)
+    places = (stride_dy, stride_x, stride_dx, pitch_dy, pitch_x, pitch_dx, *rows)
+    gradient_kernel[grid](dy, x, dx, pull, drift, *vectors, *split, *places, SILU=silu, **constants, **options)
+
+
+def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """(kernel, signature, constants, options) of what ADM-256 runs, and of ragged shapes."""
+    yield from compilations_of(TILE, (sums_kernel, finish_sums_kernel, gradient_kernel))

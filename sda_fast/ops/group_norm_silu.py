@@ -1,0 +1,313 @@
+"""GroupNorm, scale and shift per image and SiLU in one pass over the statistics and one over the values.
+
+Backends: C++ and Triton. There is no CUDA version: the operator only moves memory, which Triton's does as well; one
+would be added where it measures faster on a device.
+"""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sda_fast.errors import SdaError
+from sda_fast.ops._backend import core, select
+from sda_fast.reference import group_norm_silu as plain
+
+VERSIONS = ("cpp", "triton", "plain")
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int = 32,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """y = u sigmoid(u) with u = (GroupNorm(x) weight + bias) (1 + scale) + shift; y = u without `silu`.
+
+    GroupNorm subtracts the mean over each group of C / groups neighbouring channels and all positions of an image and
+    divides by sqrt(variance + eps), the variance being that of the population. Everything is computed in float32. An
+    image's result does not depend on the other images of the batch. Source: Wu and He, "Group normalization", 2018,
+    equations 1 to 3; scale and shift as in Dhariwal and Nichol, 2021, section 3.1 (AdaGN).
+
+    x: [N, C, ...] float32, bfloat16 or float16, contiguous or channels_last; the images may lie apart, and x may be a
+        slice of channels.
+    weight, bias: [C], float32 or x's dtype.
+    scale, shift: [N, C], float32 or x's dtype, or None for zero; rows may lie apart, as halves of [N, 2C] do.
+    Returns y in x's shape, dtype and memory format.
+
+    The gradient flows to x alone; the backward pass keeps x and two numbers per group.
+
+    Raises SdaError for a wrong shape, dtype, device or stride, for a number of groups that does not divide C, and where
+    weight, bias, scale or shift require a gradient.
+    """
+    _check(x, weight, bias, groups, eps, scale, shift)
+    if torch.is_grad_enabled():
+        _refuse_gradients({"weight": weight, "bias": bias, "scale": scale, "shift": shift})
+    y, _, _ = torch.ops.sda_fast.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
+    return y
+
+
+@torch.library.custom_op("sda_fast::group_norm_silu", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and float32 [N, groups]: mean and 1 / sqrt(variance + eps)."""
+    _check(x, weight, bias, groups, eps, scale, shift)
+    version = select("group_norm_silu", x.device, VERSIONS)
+    y, mean, rstd = _empty_outputs(x, groups)
+    if x.numel() == 0:
+        return y, mean.fill_(torch.nan), rstd.fill_(torch.nan)
+    if version == "plain":
+        y.copy_(plain.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu))
+        for statistic, value in zip((mean, rstd), plain.group_norm_statistics(x, groups, eps), strict=True):
+            statistic.copy_(value)
+        return y, mean, rstd
+    vectors = _vectors(weight, bias, scale, shift)
+    where_x, where_y = norm_layout(x, "x"), norm_layout(y, "y")
+    if version == "triton":
+        from sda_fast.kernels import group_norm_silu as kernel
+
+        layouts = (where_x, where_y)
+        with _on_device_of(x):
+            kernel.group_norm_silu(x, y, mean, rstd, *vectors, eps=eps, silu=silu, layouts=layouts)
+        return y, mean, rstd
+    c = core()
+    parameters, _alive = _parameters(vectors, groups, silu)
+    addresses = (t.data_ptr() for t in (x, y, mean, rstd))
+    layouts = (c.NormLayout(*where_x), c.NormLayout(*where_y))
+    c.group_norm_silu_cpu(*addresses, _code(x), *layouts, parameters, eps, torch.get_num_threads())
+    return y, mean, rstd
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_outputs(x, groups)
+
+
+@torch.library.custom_op("sda_fast::group_norm_silu_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    silu: bool,
+) -> Tensor:
+    """The gradient with respect to x, in x's memory format; dy has x's shape and dtype."""
+    _check(x, weight, bias, groups, 0.0, scale, shift)
+    _check_cotangent(dy, x, mean, rstd, groups)
+    version = select("group_norm_silu", x.device, VERSIONS)
+    dx = _empty_like(x)
+    if x.numel() == 0:
+        return dx
+    if version == "plain":
+        return dx.copy_(plain.group_norm_silu_backward(dy, x, weight, bias, mean, rstd, scale, shift, groups, silu))
+    dy, mean, rstd = _in_format_of(dy, dx), mean.contiguous(), rstd.contiguous()
+    vectors = _vectors(weight, bias, scale, shift)
+    layouts = norm_layout(dy, "dy"), norm_layout(x, "x"), norm_layout(dx, "dx")
+    if version == "triton":
+        from sda_fast.kernels import group_norm_silu_backward as kernel
+
+        with _on_device_of(x):
+            kernel.group_norm_silu_backward(dy, x, dx, mean, rstd, *vectors, silu=silu, layouts=layouts)
+        return dx
+    c = core()
+    parameters, _alive = _parameters(vectors, groups, silu)
+    addresses = (t.data_ptr() for t in (dy, x, dx, mean, rstd))
+    codes = (c.NormLayout(*layout) for layout in layouts)
+    c.group_norm_silu_backward_cpu(*addresses, _code(x), *codes, parameters, torch.get_num_threads())
+    return dx
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    silu: bool,
+) -> Tensor:
+    return _empty_like(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, ctx.groups, _, scale, shift, ctx.silu = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, mean, rstd, scale, shift)
+
+
+def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, mean, rstd, scale, shift = ctx.saved_tensors
+    _refuse_gradients({"weight": weight, "bias": bias, "scale": scale, "shift": shift})
+    dx = torch.ops.sda_fast.group_norm_silu_backward(
+        dy, x, weight, bias, mean, rstd, scale, shift, ctx.groups, ctx.silu
+    )
+    return dx, *[None] * 7
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+class NormLayout(NamedTuple):
+    """[images, channels, spatial] with strides in elements.
+
+    stride_spatial is 1 where an image is contiguous, else stride_channel is 1.
+    """
+
+    images: int
+    channels: int
+    spatial: int
+    stride_image: int
+    stride_channel: int
+    stride_spatial: int
+
+
+def norm_layout(x: Tensor, name: str) -> NormLayout:
+    """The layout of x [N, C, ...]. Raises SdaError where an image is neither contiguous nor channels_last."""
+    images, channels, *sizes = x.shape
+    spatial = x[:1, :1].numel() if images and channels else 0
+    stride_image, stride_channel, *strides = x.stride()
+    if x.numel() == 0 or _dense((channels, *sizes), (stride_channel, *strides), 1):
+        return NormLayout(images, channels, spatial, stride_image, spatial, 1)
+    pitch = next((stride for size, stride in zip(sizes[::-1], strides[::-1], strict=True) if size > 1), channels)
+    if stride_channel == 1 and channels > 1 and pitch >= channels and _dense(sizes, strides, pitch):
+        return NormLayout(images, channels, spatial, stride_image, 1, pitch)
+    raise SdaError(
+        f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; each image must be contiguous or "
+        f"channels_last, so pass {name}.contiguous()."
+    )
+
+
+def _dense(sizes: tuple[int, ...] | list[int], strides: tuple[int, ...] | list[int], unit: int) -> bool:
+    """Whether the last index moves by `unit` and every other one by what the ones behind it span."""
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != unit:
+            return False
+        unit *= size
+    return True
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Without gaps, in x's memory format."""
+    if norm_layout(x, "x").stride_spatial == 1:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    moved = (x.shape[0], *x.shape[2:], x.shape[1])
+    return torch.empty(moved, dtype=x.dtype, device=x.device).movedim(-1, 1)
+
+
+def _empty_outputs(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = [torch.empty(x.shape[0], groups, dtype=torch.float32, device=x.device) for _ in range(2)]
+    return _empty_like(x), statistics[0], statistics[1]
+
+
+def _in_format_of(dy: Tensor, dx: Tensor) -> Tensor:
+    """dy, copied if it is in another memory format than dx, or in none."""
+    with contextlib.suppress(SdaError):
+        if (norm_layout(dy, "dy").stride_spatial == 1) == (norm_layout(dx, "dx").stride_spatial == 1):
+            return dy
+    return torch.empty_like(dx).copy_(dy)
+
+
+def _vectors(weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> list[Tensor | None]:
+    """The same with channels side by side, as the kernels read them."""
+    return [None if p is None else p if p.stride(-1) == 1 else p.contiguous() for p in (weight, bias, scale, shift)]
+
+
+def _parameters(vectors: list[Tensor | None], groups: int, silu: bool) -> tuple[Any, list[Tensor | None]]:
+    """For the C++ version, and the float32 tensors that must outlive its call."""
+    alive = [None if p is None else p.float() for p in vectors]
+    addresses = [0 if p is None else p.data_ptr() for p in alive]
+    strides = [0 if p is None else p.stride(0) for p in alive[2:]]
+    return core().NormParameters(*addresses, *strides, groups, silu), alive
+
+
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _code(x: Tensor) -> int:
+    return getattr(core(), DTYPES[x.dtype])
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, scale: Tensor | None, shift: Tensor | None
+) -> None:
+    if x.dim() < 2:
+        raise SdaError(f"x has shape {tuple(x.shape)}; group_norm_silu needs [N, C, ...].")
+    if x.dtype not in DTYPES:
+        raise SdaError(f"x is {x.dtype}; group_norm_silu takes float32, bfloat16 or float16.")
+    images, channels = x.shape[:2]
+    if groups < 1 or channels % groups:
+        raise SdaError(f"groups is {groups}, which must divide the {channels} channels of x.")
+    if eps < 0:
+        raise SdaError(f"eps is {eps}; it must not be negative.")
+    for name, p, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("scale", scale, (images, channels)),
+        ("shift", shift, (images, channels)),
+    ):
+        if p is None:
+            continue
+        if tuple(p.shape) != shape:
+            raise SdaError(f"{name} has shape {tuple(p.shape)}; for this x it must have {shape}.")
+        if p.dtype not in (torch.float32, x.dtype):
+            raise SdaError(f"{name} is {p.dtype}; it must be torch.float32 or, as x, {x.dtype}.")
+        if p.device != x.device:
+            raise SdaError(f"{name} lies on {p.device}, x on {x.device}; move them to one device.")
+    norm_layout(x, "x")
+
+
+def _check_cotangent(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> None:
+    if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
+        raise SdaError(
+            f"dy is {dy.dtype} {tuple(dy.shape)} on {dy.device}; it must be as x, {x.dtype} {tuple(x.shape)} on "
+            f"{x.device}."
+        )
+    for name, p in (("mean", mean), ("rstd", rstd)):
+        if tuple(p.shape) != (x.shape[0], groups) or p.dtype != torch.float32 or p.device != x.device:
+            raise SdaError(
+                f"{name} is {p.dtype} {tuple(p.shape)} on {p.device}; it must be what the forward pass returned, "
+                f"torch.float32 {(x.shape[0], groups)} on {x.device}."
+            )
+
+
+def _refuse_gradients(parameters: dict[str, Tensor | None]) -> None:
+    for name, p in parameters.items():
+        if p is not None and p.requires_grad:
+            raise SdaError(
+                f"{name} requires a gradient, but group_norm_silu differentiates by x alone; detach {name}, or train "
+                "with sda_fast.reference.group_norm_silu.group_norm_silu."
+            )
