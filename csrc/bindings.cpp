@@ -224,55 +224,56 @@ void bind_guidance(py::module_& m) {
         py::arg("tensors"), py::arg("workspace"), py::arg("stream"),
         py::call_guard<py::gil_scoped_release>());
 #endif
-    void bind_group_norm_silu(py::module_ & m) {
-        using sda::cpu::NormLayout;
-        using sda::cpu::NormParameters;
-        py::class_<NormLayout>(m, "NormLayout")
-            .def(py::init([](int64_t images, int64_t channels, int64_t spatial, int64_t stride_image,
-                             int64_t stride_channel, int64_t stride_spatial) {
-                     return NormLayout{images,       channels,       spatial,
-                                       stride_image, stride_channel, stride_spatial};
-                 }),
-                 py::arg("images"), py::arg("channels"), py::arg("spatial"), py::arg("stride_image"),
-                 py::arg("stride_channel"), py::arg("stride_spatial"));
-        py::class_<NormParameters>(m, "NormParameters")
-            .def(py::init([](Address weight, Address bias, Address scale, Address shift, int64_t stride_scale,
-                             int64_t stride_shift, int64_t groups, bool silu) {
-                     return NormParameters{pointer<float>(weight),
-                                           pointer<float>(bias),
-                                           pointer<float>(scale),
-                                           pointer<float>(shift),
-                                           stride_scale,
-                                           stride_shift,
-                                           groups,
-                                           silu};
-                 }),
-                 py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"),
-                 py::arg("stride_scale"), py::arg("stride_shift"), py::arg("groups"), py::arg("silu"));
-        m.def(
-            "group_norm_silu_cpu",
-            [](Address x, Address y, Address mean, Address rstd, int dtype, const NormLayout& where_x,
-               const NormLayout& where_y, const NormParameters& parameters, double eps, int threads) {
-                check(sda::cpu::group_norm_silu(pointer<void>(x), pointer<void>(y), pointer<float>(mean),
-                                                pointer<float>(rstd), dtype, where_x, where_y, parameters,
-                                                eps, threads));
-            },
-            py::arg("x"), py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("dtype"),
-            py::arg("where_x"), py::arg("where_y"), py::arg("parameters"), py::arg("eps"), py::arg("threads"),
-            py::call_guard<py::gil_scoped_release>());
-        m.def(
-            "group_norm_silu_backward_cpu",
-            [](Address dy, Address x, Address dx, Address mean, Address rstd, int dtype,
-               const NormLayout& where_dy, const NormLayout& where_x, const NormLayout& where_dx,
-               const NormParameters& parameters, int threads) {
-                check(sda::cpu::group_norm_silu_backward(
-                    pointer<void>(dy), pointer<void>(x), pointer<void>(dx), pointer<float>(mean),
-                    pointer<float>(rstd), dtype, where_dy, where_x, where_dx, parameters, threads));
-            },
-            py::arg("dy"), py::arg("x"), py::arg("dx"), py::arg("mean"), py::arg("rstd"), py::arg("dtype"),
-            py::arg("where_dy"), py::arg("where_x"), py::arg("where_dx"), py::arg("parameters"),
-            py::arg("threads"), py::call_guard<py::gil_scoped_release>());
-    }
+}
+
+void bind_group_norm_silu(py::module_& m) {
+    using sda::cpu::NormLayout;
+    using sda::cpu::NormParameters;
+    py::class_<NormLayout>(m, "NormLayout")
+        .def(py::init([](int64_t images, int64_t channels, int64_t spatial, int64_t stride_image,
+                         int64_t stride_channel, int64_t stride_spatial) {
+                 return NormLayout{images, channels, spatial, stride_image, stride_channel, stride_spatial};
+             }),
+             py::arg("images"), py::arg("channels"), py::arg("spatial"), py::arg("stride_image"),
+             py::arg("stride_channel"), py::arg("stride_spatial"));
+    py::class_<NormParameters>(m, "NormParameters")
+        .def(py::init([](Address weight, Address bias, Address scale, Address shift, int64_t stride_scale,
+                         int64_t stride_shift, int64_t groups, bool silu) {
+                 return NormParameters{pointer<float>(weight),
+                                       pointer<float>(bias),
+                                       pointer<float>(scale),
+                                       pointer<float>(shift),
+                                       stride_scale,
+                                       stride_shift,
+                                       groups,
+                                       silu};
+             }),
+             py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("stride_scale"),
+             py::arg("stride_shift"), py::arg("groups"), py::arg("silu"));
+    m.def(
+        "group_norm_silu_cpu",
+        [](Address x, Address y, Address mean, Address rstd, int dtype, const NormLayout& where_x,
+           const NormLayout& where_y, const NormParameters& parameters, double eps, int threads) {
+            check(sda::cpu::group_norm_silu(pointer<void>(x), pointer<void>(y), pointer<float>(mean),
+                                            pointer<float>(rstd), dtype, where_x, where_y, parameters, eps,
+                                            threads));
+        },
+        py::arg("x"), py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("dtype"), py::arg("where_x"),
+        py::arg("where_y"), py::arg("parameters"), py::arg("eps"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "group_norm_silu_backward_cpu",
+        [](Address dy, Address x, Address dx, Address mean, Address rstd, int dtype,
+           const NormLayout& where_dy, const NormLayout& where_x, const NormLayout& where_dx,
+           const NormParameters& parameters, int threads) {
+            check(sda::cpu::group_norm_silu_backward(pointer<void>(dy), pointer<void>(x), pointer<void>(dx),
+                                                     pointer<float>(mean), pointer<float>(rstd), dtype,
+                                                     where_dy, where_x, where_dx, parameters, threads));
+        },
+        py::arg("dy"), py::arg("x"), py::arg("dx"), py::arg("mean"), py::arg("rstd"), py::arg("dtype"),
+        py::arg("where_dy"), py::arg("where_x"), py::arg("where_dx"), py::arg("parameters"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}
 
 }  // namespace
 
