@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sda_fast.diffusion.samplers import Draw
 from sda_fast.errors import SdaError
 from sda_fast.ops import philox_normal
 
@@ -65,12 +66,18 @@ class Noise:
             raise SdaError(f"seeds must be integers, not {ids.dtype}")
         self._given, self._ids, self._seed = given, ids.to(images.device, torch.int64), seed
 
-    def __call__(self, batch: Batch, step: int, like: Tensor) -> Tensor:
-        """Noise of a batch at a step: float32 [batch.size, C, H, W] on the device of `like`."""
+    def first(self, batch: Batch, like: Tensor) -> Tensor:
+        """The noise a batch starts from: float32 [batch.size, C, H, W] on the device of `like`."""
         if self._given is not None:
-            return batch.take(self._given[step])
+            return batch.take(self._given[0])
         identities = batch.take(self._ids)
-        return philox_normal(like.shape, seed=self._seed, identities=identities, step=step, device=like.device)
+        return philox_normal(like.shape, seed=self._seed, identities=identities, step=0, device=like.device)
+
+    def draw(self, batch: Batch, k: int) -> Draw:
+        """What reverse step k = 1, 2, ... of a batch draws its noise from."""
+        if self._given is not None:
+            return {"noise": batch.take(self._given[k])}
+        return {"seed": self._seed, "identities": batch.take(self._ids)}
 
 
 def _as_tensor(identities: Sequence[int] | Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sda_fast.diffusion import LowPass, Schedule
 from sda_fast.diffusion.guidance import Norm, guided_step
-from sda_fast.diffusion.samplers import ancestral_step, q_sample
+from sda_fast.diffusion.samplers import Draw, ReverseSteps, ancestral_step, q_sample
 from sda_fast.errors import SdaError
 from sda_fast.execution import Batch, Noise, batches, check_images
 from sda_fast.models.adm import ADM
@@ -41,7 +41,9 @@ class _Reverse:
         self.adm, self.schedule, self.start, self.noise_index = adm.eval(), schedule, start, noise_index
         self.batch_size, self.seed = batch_size, seed
 
-    def _step(self, i: int, batch: Batch, x: Tensor, guide: Tensor | None, noise: Tensor) -> Tensor:
+    def _step(
+        self, steps: ReverseSteps, position: Tensor, batch: Batch, x: Tensor, guide: Tensor | None, draw: Draw
+    ) -> Tensor:
         raise NotImplementedError  # the subclasses' one method
 
     def _guide(self, images: Tensor) -> Tensor | None:
@@ -62,11 +64,12 @@ class _Reverse:
         xs, guides = [], []
         for part in parts:
             x0 = part.take(images)
-            xs.append(q_sample(self.schedule, self.noise_index, x0, source(part, 0, x0)))
+            xs.append(q_sample(self.schedule, self.noise_index, x0, source.first(part, x0)))
             guides.append(self._guide(x0))
-        for k, i in enumerate(reversed(range(self.start)), 1):
+        steps = ReverseSteps(self.schedule, self.start, images.device)
+        for k, position in enumerate(steps, 1):
             for j, part in enumerate(parts):
-                xs[j] = self._step(i, part, xs[j], guides[j], source(part, k, xs[j]))
+                xs[j] = self._step(steps, position, part, xs[j], guides[j], source.draw(part, k))
             yield torch.cat([x[: part.real] for x, part in zip(xs, parts, strict=True)])
 
     def __call__(
@@ -135,16 +138,18 @@ class Projector(_Reverse):
     def _guide(self, images: Tensor) -> Tensor:
         return self.lowpass.down(images)
 
-    def _step(self, i: int, batch: Batch, x: Tensor, guide: Tensor | None, noise: Tensor) -> Tensor:
+    def _step(
+        self, steps: ReverseSteps, position: Tensor, batch: Batch, x: Tensor, guide: Tensor | None, draw: Draw
+    ) -> Tensor:
         assert guide is not None
         return guided_step(
             self.adm,
-            self.schedule,
             self.lowpass,
-            i,
+            steps,
+            position,
             x,
             guide,
-            noise,
+            draw,
             self.scale,
             self.norm,
             self.norm_group,
@@ -169,5 +174,7 @@ class Purifier(_Reverse):
     ):
         super().__init__(adm, Schedule.linear(respacing), start, start - 1, batch_size, seed)
 
-    def _step(self, i: int, batch: Batch, x: Tensor, guide: Tensor | None, noise: Tensor) -> Tensor:
-        return ancestral_step(self.adm, self.schedule, i, x, noise, clip=True)
+    def _step(
+        self, steps: ReverseSteps, position: Tensor, batch: Batch, x: Tensor, guide: Tensor | None, draw: Draw
+    ) -> Tensor:
+        return ancestral_step(self.adm, steps, position, x, draw, clip=True)

@@ -1,13 +1,15 @@
 """Class-conditional sampling from a DiT: the synthetic images of SDA's first stage."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sda_fast.diffusion import Schedule
-from sda_fast.diffusion.samplers import Denoiser, ancestral_step
+from sda_fast.diffusion.samplers import Denoiser, ancestral
 from sda_fast.errors import SdaError
 from sda_fast.execution import Noise, batches
 from sda_fast.models.dit import DiT
@@ -69,10 +71,9 @@ class Sampler:
         with torch.no_grad():
             for part in batches(len(labels), self.batch_size):
                 y = part.take(labels)
-                x = source(part, 0, part.take(blank))
-                for k, i in enumerate(reversed(range(len(self.schedule))), 1):
-                    x = ancestral_step(self._denoiser(y), self.schedule, i, x, source(part, k, x), self.clip)
-                results.append(x[: part.real])
+                denoiser, x = self._denoiser(y), source.first(part, part.take(blank))
+                steps = ancestral(denoiser, self.schedule, x, partial(source.draw, part), clip=self.clip)
+                results.append(deque(steps, maxlen=1).pop()[: part.real])
         return torch.cat(results)
 
     def _denoiser(self, y: Tensor) -> Denoiser:

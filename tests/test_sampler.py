@@ -47,7 +47,7 @@ def test_guidance_is_that_of_the_doubled_batch(original):
             lambda x, t: dit.forward_with_cfg(x, t, labels, scale),
             Schedule.linear(meta["respacing"]),
             start,
-            lambda k: tensors["noise"][k - 1].repeat(2, 1, 1, 1),
+            lambda k: {"noise": tensors["noise"][k - 1].repeat(2, 1, 1, 1)},
             clip=False,
         )
     noise = torch.cat([tensors["x"][None], tensors["noise"]])

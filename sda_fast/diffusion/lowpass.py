@@ -47,7 +47,8 @@ class LowPass:
         self._gram64 = self._up64.T @ self._up64
         self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def matrices(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """P [n/D, n], Q [n, n/D] and Q^T Q, contiguous, of the dtype and on the device of `like` [..., n, n]."""
         if like.shape[-2:] != (self.size, self.size):
             raise SdaError(f"this low-pass filter takes {self.size}x{self.size} images, not {list(like.shape[-2:])}")
         key = (like.device, like.dtype)
@@ -58,12 +59,12 @@ class LowPass:
 
     def down(self, x: Tensor) -> Tensor:
         """P x P^T: [..., n, n] -> [..., n/D, n/D]."""
-        down, _, _ = self._matrices(x)
+        down, _, _ = self.matrices(x)
         return down @ x @ down.T
 
     def __call__(self, x: Tensor) -> Tensor:
         """phi(x): [..., n, n] -> the same."""
-        _, up, _ = self._matrices(x)
+        _, up, _ = self.matrices(x)
         return up @ self.down(x) @ up.T
 
     def residual(self, reference_down: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,7 @@ class LowPass:
         Returns S = phi^T phi d [N, C, n, n] and float [N]. The gradient of ||phi(reference) - phi(x)|| with respect
         to x is -S / ||phi(d)||.
         """
-        down, _, gram = self._matrices(x)
+        down, _, gram = self.matrices(x)
         low = reference_down - self.down(x)  # P d P^T
         smooth = gram @ low @ gram
         return down.T @ smooth @ down, (low * smooth).sum((1, 2, 3))

@@ -1,19 +1,48 @@
 """Reverse diffusion as plain functions, in the notation of Ho et al. 2020 and Dhariwal & Nichol 2021.
 
-`i` is an index into a `Schedule` (0 the least noisy). A network output is [N, C, H, W] (noise) or [N, 2C, H, W]
-(noise, then the interpolation v of the learned variance).
+A network output is [N, C, H, W] (noise) or [N, 2C, H, W] (noise, then the interpolation v of the learned variance).
 """
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sda_fast.diffusion.schedule import Schedule
+from sda_fast.ops import reverse_step
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], timesteps int64 [N]) -> network output
-NoiseSource = Callable[[int], Tensor]  # number of the reverse step, 1, 2, ... -> standard normal [N, C, H, W]
+# What `reverse_step` draws from: {"noise": standard normal [N, C, H, W]} or {"seed": ..., "identities": ...}.
+Draw = dict[str, Any]
+DrawSource = Callable[[int], Draw]  # number of the reverse step, 1, 2, ... -> Draw
+
+
+class ReverseSteps:
+    """The last `start` (default: all) reverse steps of a schedule, laid out on a device.
+
+    Nothing of a step is a number on the host, so that no step waits for the device and one captured graph serves all.
+    table: `Schedule.step_table`. Iterating yields `position`, int64 [2], once per step: its index into the table,
+    start - 1 first and 0 last, and its number, 1, 2, ..., which counts the noise.
+    """
+
+    def __init__(self, schedule: Schedule, start: int | None = None, device: torch.device | str = "cpu"):
+        start = len(schedule) if start is None else start
+        number = torch.arange(1, start + 1)
+        self.table = schedule.step_table(device)
+        self._timestep_map = schedule.timestep_map.to(device)
+        self._positions = torch.stack((start - number, number), 1).to(device)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._positions)
+
+    def timesteps(self, position: Tensor, x: Tensor) -> Tensor:
+        """What the network is told at a step: int64 [N] for x [N, ...]."""
+        return self._timestep_map.index_select(0, position[:1]).expand(len(x))
 
 
 def q_sample(schedule: Schedule, i: int, x0: Tensor, noise: Tensor) -> Tensor:
@@ -22,59 +51,22 @@ def q_sample(schedule: Schedule, i: int, x0: Tensor, noise: Tensor) -> Tensor:
     return math.sqrt(abar) * x0 + math.sqrt(1 - abar) * noise
 
 
-def pred_xstart(schedule: Schedule, i: int, x: Tensor, eps: Tensor) -> Tensor:
-    """x_0 = sqrt(1/abar_t) x_t - sqrt(1/abar_t - 1) eps, not clamped; all [N, C, H, W]."""
-    a, b = schedule.sqrt_recip_alphas_cumprod[i].item(), schedule.sqrt_recipm1_alphas_cumprod[i].item()
-    return a * x - b * eps
-
-
-def posterior_sample(schedule: Schedule, i: int, x0: Tensor, x: Tensor, v: Tensor | None, noise: Tensor) -> Tensor:
-    """A draw of x_{t-1} given x_0 and x_t: posterior mean plus exp(log variance / 2) noise; the mean itself at i = 0.
-
-    All [N, C, H, W]. The log variance is (v+1)/2 log beta_t + (1-v)/2 log betatilde_t (Nichol & Dhariwal 2021,
-    equation 15); without v it is that of beta_t, guided-diffusion's default.
-    """
-    c1, c2 = schedule.posterior_mean_coef1[i].item(), schedule.posterior_mean_coef2[i].item()
-    mean = c1 * x0 + c2 * x
-    if i == 0:
-        return mean
-    low = schedule.posterior_log_variance_clipped[i].item()
-    high = math.log(schedule.betas[i].item())
-    if v is None:
-        return mean + math.exp(0.5 * high) * noise
-    fraction = (v + 1) / 2
-    return mean + (0.5 * (fraction * high + (1 - fraction) * low)).exp() * noise
-
-
-def timesteps_at(schedule: Schedule, i: int, x: Tensor) -> Tensor:
-    """What the network is told at index i: int64 [N], on the device of x [N, ...]."""
-    return torch.full((len(x),), int(schedule.timestep_map[i]), dtype=torch.int64, device=x.device)
-
-
-def split_output(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """Predicted noise and, where the variance is learned, its interpolation v."""
-    return out[:, :channels], out[:, channels:] if out.shape[1] > channels else None
-
-
-def ancestral_step(model: Denoiser, schedule: Schedule, i: int, x: Tensor, noise: Tensor, clip: bool) -> Tensor:
+def ancestral_step(model: Denoiser, steps: ReverseSteps, position: Tensor, x: Tensor, draw: Draw, clip: bool) -> Tensor:
     """x_{t-1} from x_t (Ho et al. 2020, algorithm 2); with `clip`, x_0 is clamped to [-1, 1] on the way."""
-    eps, v = split_output(model(x, timesteps_at(schedule, i, x)), x.shape[1])
-    x0 = pred_xstart(schedule, i, x, eps)
-    if clip:
-        x0 = x0.clamp(-1, 1)
-    return posterior_sample(schedule, i, x0, x, v, noise)
+    out = model(x, steps.timesteps(position, x))
+    return reverse_step(x, out, steps.table, position, clip=clip, **draw)
 
 
 def ancestral(
     model: Denoiser,
     schedule: Schedule,
     x: Tensor,
-    noise: NoiseSource,
+    draw: DrawSource,
     start: int | None = None,
     clip: bool = True,
 ) -> Iterator[Tensor]:
-    """Yield x after each of the `start` (default: all) reverse steps; step k = 1, 2, ... draws `noise(k)`."""
-    start = len(schedule) if start is None else start
-    for k, i in enumerate(reversed(range(start)), 1):
-        x = ancestral_step(model, schedule, i, x, noise(k), clip)
+    """Yield x after each of the `start` (default: all) reverse steps; step k = 1, 2, ... draws from `draw(k)`."""
+    steps = ReverseSteps(schedule, start, x.device)
+    for k, position in enumerate(steps, 1):
+        x = ancestral_step(model, steps, position, x, draw(k), clip)
         yield x

@@ -8,10 +8,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sda_fast.models.embedding import timestep_embedding
+from sda_fast.ops import group_norm_silu
 
 
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels)
+
+
+def _normalise(
+    norm: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True
+) -> Tensor:
+    """silu(norm(x) (1 + scale) + shift), x [N, C, ...], scale and shift [N, C]; without SiLU where not `silu`.
+
+    One operator where the weights are frozen, PyTorch's own ones where they are trained.
+    """
+    assert isinstance(norm, nn.GroupNorm)
+    if not (norm.weight.requires_grad and torch.is_grad_enabled()):
+        return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, scale, shift, silu)
+    h = norm(x)
+    if scale is not None and shift is not None:
+        h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return F.silu(h) if silu else h
 
 
 def _zero(module: nn.Module) -> nn.Module:
@@ -71,19 +88,18 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         # x [N, C, H, W], emb [N, E] -> [N, out, H', W']
-        norm, act, conv = self.in_layers
-        h = act(norm(x))
+        norm, _, conv = self.in_layers
+        h = _normalise(norm, x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv(h)
-        emb_out = self.emb_layers(emb)[:, :, None, None].to(h.dtype)
-        norm, act, dropout, conv = self.out_layers
+        emb_out = self.emb_layers(emb).to(h.dtype)
+        norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
-            scale, shift = emb_out.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
+            h = _normalise(norm, h, *emb_out.chunk(2, dim=1))
         else:
-            h = norm(h + emb_out)
-        return self.skip_connection(x) + conv(dropout(act(h)))
+            h = _normalise(norm, h + emb_out[:, :, None, None])
+        return self.skip_connection(x) + conv(dropout(h))
 
 
 class AttentionBlock(nn.Module):
@@ -100,7 +116,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
         x = x.reshape(n, c, height * width)
-        qkv = self.qkv(self.norm(x))  # [N, 3C, T]
+        qkv = self.qkv(_normalise(self.norm, x, silu=False))  # [N, 3C, T]
         if self.use_new_attention_order:
             q, k, v = qkv.reshape(n, 3, self.num_heads, -1, height * width).transpose(-1, -2).unbind(1)
         else:
