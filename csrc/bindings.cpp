@@ -105,8 +105,14 @@ void bind_group_norm_silu(py::module_& m) {
     py::class_<NormParameters>(m, "NormParameters")
         .def(py::init([](Address weight, Address bias, Address scale, Address shift, int64_t stride_scale,
                          int64_t stride_shift, int64_t groups, bool silu) {
-                 return NormParameters{pointer<float>(weight), pointer<float>(bias), pointer<float>(scale),
-                                       pointer<float>(shift), stride_scale, stride_shift, groups, silu};
+                 return NormParameters{pointer<float>(weight),
+                                       pointer<float>(bias),
+                                       pointer<float>(scale),
+                                       pointer<float>(shift),
+                                       stride_scale,
+                                       stride_shift,
+                                       groups,
+                                       silu};
              }),
              py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("stride_scale"),
              py::arg("stride_shift"), py::arg("groups"), py::arg("silu"));
@@ -123,9 +129,9 @@ void bind_group_norm_silu(py::module_& m) {
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "group_norm_silu_backward_cpu",
-        [](Address dy, Address x, Address dx, Address mean, Address rstd, int dtype, const NormLayout& where_dy,
-           const NormLayout& where_x, const NormLayout& where_dx, const NormParameters& parameters,
-           int threads) {
+        [](Address dy, Address x, Address dx, Address mean, Address rstd, int dtype,
+           const NormLayout& where_dy, const NormLayout& where_x, const NormLayout& where_dx,
+           const NormParameters& parameters, int threads) {
             check(sda::cpu::group_norm_silu_backward(pointer<void>(dy), pointer<void>(x), pointer<void>(dx),
                                                      pointer<float>(mean), pointer<float>(rstd), dtype,
                                                      where_dy, where_x, where_dx, parameters, threads));
