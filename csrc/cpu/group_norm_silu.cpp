@@ -11,6 +11,7 @@ namespace sda::cpu {
 namespace {
 
 constexpr int64_t kFolded = 128;             // lanes whose moments are folded in halves: a power of two
+constexpr int64_t kSummed = 64;              // lanes of a channel whose sums are folded
 constexpr int64_t kSpan = int64_t{1} << 18;  // elements of a channels_last image that are summed together
 constexpr int64_t kGrain = 65536;            // elements worth a thread
 
@@ -168,7 +169,7 @@ float fold(float* values, int64_t count) {
 void backward_contiguous(int dtype, const Input& dy, const Input& x, const Output& dx, const Statistics& s,
                          const NormParameters& p, int threads) {
     const int64_t spatial = x.where.spatial, size = x.where.channels / p.groups;
-    const int64_t width = std::min(kLanes, spatial);
+    const int64_t width = std::min(kLanes, spatial), summed = std::min(kSummed, spatial);
     const auto body = [&](int64_t begin, int64_t end) {
         Lanes lanes;
         for (int64_t item = begin; item < end; ++item) {
@@ -185,14 +186,14 @@ void backward_contiguous(int dtype, const Input& dy, const Input& x, const Outpu
             double total = 0.0, moment = 0.0;
             for (int64_t c = first; c < first + size; ++c) {
                 const double slope = set_channel(c);
-                float sums[kLanes] = {}, moments[kLanes] = {};
-                for_tiles(spatial, width, [&](int64_t element, const Tile& tile, int64_t) {
+                float sums[kSummed] = {}, moments[kSummed] = {};
+                for_tiles(spatial, summed, [&](int64_t element, const Tile& tile, int64_t) {
                     const int64_t at = c * spatial + element;
-                    add_sums(dtype, p.silu, read(dy, dtype, n, at, width), read(x, dtype, n, at, width), tile,
-                             lanes.view(), sums, moments);
+                    add_sums(dtype, p.silu, read(dy, dtype, n, at, summed), read(x, dtype, n, at, summed),
+                             tile, lanes.view(), sums, moments);
                 });
-                total += slope * fold(sums, width);
-                moment += slope * fold(moments, width);
+                total += slope * fold(sums, summed);
+                moment += slope * fold(moments, summed);
             }
             const double count = static_cast<double>(size * spatial);
             fill(lanes.pull, width, static_cast<float>(-static_cast<double>(rstd) * rstd * moment / count));
