@@ -34,7 +34,7 @@ def case(backend: str, device: str, images: int, size: int, factor: int, dtype: 
     out = torch.randn(images, 6, size, size, generator=generator)
     out = out.to(device, DTYPES[dtype], memory_format=FORMATS[layout])
     lowpass = LowPass(size, factor)
-    down, _, gram = (matrix.contiguous() for matrix in lowpass._matrices(x))
+    down, _, gram = (matrix.contiguous() for matrix in lowpass.matrices(x))
     reference_down = lowpass.down(torch.rand(shape, generator=generator).to(device) * 2 - 1)
     table, position = Schedule.linear("100").step_table(device), torch.tensor([20, 0], device=device)
     args = (x, out, reference_down, down, gram, table, position)

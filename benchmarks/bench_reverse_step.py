@@ -2,7 +2,7 @@
 
 The first case, noise given and float32, is the one to compare. Where noise is drawn inside, the plain version draws it
 in plain torch, which takes most of its time; against "plain+cpp noise" it gets the noise of the compiled operator
-instead. "eager step" is the eager code of `sda_fast.diffusion`, which takes its coefficients from the host.
+instead.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +13,6 @@ from harness import Case, main
 
 from sda_fast import ops
 from sda_fast.diffusion import Schedule
-from sda_fast.diffusion.guidance import guidance_weights
-from sda_fast.diffusion.samplers import posterior_sample, pred_xstart
 from sda_fast.reference import reverse_step as plain
 
 SCHEDULE = Schedule.linear("100")
@@ -30,7 +28,6 @@ def cases(device: str, tiny: bool) -> Iterator[Case]:
         shape = [images, 3, 32, 32] if tiny else [images, 3, 256, 256]
         for backend in ("cpp",) if device == "cpu" else ("cuda", "triton"):
             yield case(device, backend, shape, torch.float32, nchw, "plain", drawn=False)
-            yield case(device, backend, shape, torch.float32, nchw, "eager step", drawn=False)
             yield case(device, backend, shape, torch.float32, nchw, "plain", drawn=True)
             yield case(device, backend, shape, torch.float32, nchw, "plain+cpp noise", drawn=True)
             yield case(device, backend, shape, torch.bfloat16, nchw, "plain", drawn=False)
@@ -79,13 +76,9 @@ def case(
         unit = (run_plain() - exact).abs().max()
         return ((run() - exact).abs().max() / unit).item()
 
-    def eager() -> torch.Tensor:
-        return eager_step(x, out, noise, guidance)
-
     baselines: dict[str, Callable[[], torch.Tensor]] = {
         "plain": run_plain,
         "plain+cpp noise": run_plain_compiled_noise,
-        "eager step": eager,
     }
     return Case(
         op="reverse_step",
@@ -100,17 +93,6 @@ def case(
         baseline=baselines[baseline],
         baseline_name=baseline,
     )
-
-
-def eager_step(x: torch.Tensor, out: torch.Tensor, noise: torch.Tensor, guidance: dict[str, Any]) -> torch.Tensor:
-    """The part of `sda_fast.diffusion.guidance.guided_step` that follows the network."""
-    raw = pred_xstart(SCHEDULE, INDEX, x, out[:, : x.shape[1]])
-    a = SCHEDULE.sqrt_recip_alphas_cumprod[INDEX].item()
-    b = SCHEDULE.sqrt_recipm1_alphas_cumprod[INDEX].item()
-    g = a * guidance["cotangent"] - b * guidance["through_network"]
-    weights = guidance_weights(guidance["squares"], guidance["norm"], guidance["norm_group"])[:, None, None, None]
-    sample = posterior_sample(SCHEDULE, INDEX, raw.clamp(-1, 1), x, out[:, x.shape[1] :], noise)
-    return sample + guidance["scale"] * weights * g
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def draw(*shape, seed=0, dtype=torch.float32):
 
 
 def matrices(size, factor, dtype=torch.float32):
-    down, _, gram = LowPass(size, factor)._matrices(torch.zeros(1, 1, size, size, dtype=dtype))
+    down, _, gram = LowPass(size, factor).matrices(torch.zeros(1, 1, size, size, dtype=dtype))
     return down.contiguous(), gram.contiguous()
 
 

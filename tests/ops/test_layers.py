@@ -29,6 +29,8 @@ ABSENT = {
 }
 # Files that hold something else than an operator of their name, or an operator under another name.
 OTHER_NAMES = {"philox": "philox_normal"}  # reference/philox.py
+# Files that hold a part of an operator.
+PARTS = {"group_norm_silu_backward", "group_norm_silu_tiles"}
 # Public operators without files of their own: they live with another one.
 TOGETHER = {"gate_residual": "modulate"}
 NO_OPERATORS = {"BACKENDS", "backend"}
@@ -41,7 +43,7 @@ def names(layer: str) -> set[str]:
     folder, file = LAYERS[layer].rsplit("/", 1)
     prefix, suffix = file.split("{}")
     found = {path.name for path in (ROOT / folder).glob(f"{prefix}*{suffix}") if not path.name.startswith("_")}
-    return {name.removeprefix(prefix).removesuffix(suffix) for name in found}
+    return {name.removeprefix(prefix).removesuffix(suffix) for name in found} - PARTS
 
 
 @pytest.mark.parametrize("layer", LAYERS)
