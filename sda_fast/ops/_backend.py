@@ -9,14 +9,16 @@ or `with backend(name):`, which wins over it, insists on one for the whole proce
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from sda_fast.errors import SdaError
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of images; everything is computed in float32
 BACKENDS = ("plain", "cpp", "triton", "cuda")
 VARIABLE = "SDA_FAST_BACKEND"
 
@@ -62,6 +64,16 @@ def core() -> ModuleType:
             "`make venv` or `pip install .` instead of importing its source folder."
         ) from error
     return module
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The number by which csrc/status.h calls one of `DTYPES`."""
+    return int(getattr(core(), str(dtype).removeprefix("torch.")))
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Inside, the current CUDA device, and so the current stream, is that of x; on the CPU it changes nothing."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _known(name: str, where: str) -> str:

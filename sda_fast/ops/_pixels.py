@@ -2,13 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sda_fast.errors import SdaError
 from sda_fast.ops._backend import core
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Strides(NamedTuple):
@@ -38,9 +35,3 @@ def strides(x: Tensor, name: str) -> Strides:
 def pixels(x: Tensor | None, name: str) -> Any:
     """x as the compiled operators take it, a `_core.Pixels`; None as an absent tensor."""
     return core().Pixels(0, 0, 0, 0) if x is None else core().Pixels(x.data_ptr(), *strides(x, name))
-
-
-def dtype_code(dtype: torch.dtype) -> int:
-    """The number by which csrc/status.h calls a dtype."""
-    c = core()
-    return {torch.float32: c.float32, torch.bfloat16: c.bfloat16, torch.float16: c.float16}[dtype]

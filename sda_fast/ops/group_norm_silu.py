@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from sda_fast.errors import SdaError
-from sda_fast.ops._backend import core, select
+from sda_fast.ops._backend import DTYPES, core, dtype_code, on_device_of, select
 from sda_fast.reference import group_norm_silu as plain
 
 VERSIONS = ("cpp", "triton", "plain")
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def group_norm_silu(
@@ -81,14 +80,14 @@ def _forward(
         from sda_fast.kernels import group_norm_silu as kernel
 
         layouts = (where_x, where_y)
-        with _on_device_of(x):
+        with on_device_of(x):
             kernel.group_norm_silu(x, y, mean, rstd, *vectors, eps=eps, silu=silu, layouts=layouts)
         return y, mean, rstd
     c = core()
     parameters, _alive = _parameters(vectors, groups, silu)
     addresses = (t.data_ptr() for t in (x, y, mean, rstd))
     layouts = (c.NormLayout(*where_x), c.NormLayout(*where_y))
-    c.group_norm_silu_cpu(*addresses, _code(x), *layouts, parameters, eps, torch.get_num_threads())
+    c.group_norm_silu_cpu(*addresses, dtype_code(x.dtype), *layouts, parameters, eps, torch.get_num_threads())
     return y, mean, rstd
 
 
@@ -134,14 +133,14 @@ def _backward(
     if version == "triton":
         from sda_fast.kernels import group_norm_silu_backward as kernel
 
-        with _on_device_of(x):
+        with on_device_of(x):
             kernel.group_norm_silu_backward(dy, x, dx, mean, rstd, *vectors, silu=silu, layouts=layouts)
         return dx
     c = core()
     parameters, _alive = _parameters(vectors, groups, silu)
     addresses = (t.data_ptr() for t in (dy, x, dx, mean, rstd))
     codes = (c.NormLayout(*layout) for layout in layouts)
-    c.group_norm_silu_backward_cpu(*addresses, _code(x), *codes, parameters, torch.get_num_threads())
+    c.group_norm_silu_backward_cpu(*addresses, dtype_code(x.dtype), *codes, parameters, torch.get_num_threads())
     return dx
 
 
@@ -251,14 +250,6 @@ def _parameters(vectors: list[Tensor | None], groups: int, silu: bool) -> tuple[
     addresses = [0 if p is None else p.data_ptr() for p in alive]
     strides = [0 if p is None else p.stride(0) for p in alive[2:]]
     return core().NormParameters(*addresses, *strides, groups, silu), alive
-
-
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def _code(x: Tensor) -> int:
-    return getattr(core(), DTYPES[x.dtype])
 
 
 def _check(

@@ -4,18 +4,16 @@ It exists in all versions. The Triton and CUDA ones keep their intermediate sums
 workspaces that are allocated here.
 """
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sda_fast.errors import SdaError
-from sda_fast.ops._backend import core, select
+from sda_fast.ops._backend import DTYPES, core, dtype_code, on_device_of, select
 from sda_fast.reference import guidance as plain
 
 VERSIONS = ("cuda", "cpp", "triton", "plain")
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TABLE_COLUMNS = 8  # of Schedule.step_table; the first two are a and b
 
 
@@ -115,7 +113,7 @@ def _fill(
     if x.numel() == 0:
         return
     reference_down = reference_down.contiguous()
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         if version == "triton":
             from sda_fast.kernels import guidance as kernel
 
@@ -127,7 +125,7 @@ def _fill(
             channels=x.shape[1],
             size=x.shape[2],
             low=down.shape[0],
-            dtype=getattr(c, DTYPES[out.dtype]),
+            dtype=dtype_code(out.dtype),
             interleaved=_interleaved(out),
             x=x.data_ptr(),
             x_strides=c.ImageStrides(*x.stride()),
@@ -208,7 +206,7 @@ def _check(
         if tensor.dtype != torch.float32:
             raise SdaError(f"{name} is {tensor.dtype}; guidance needs torch.float32, so pass {name}.float().")
     if out.dtype not in DTYPES:
-        raise SdaError(f"out is {out.dtype}; guidance takes {', '.join(DTYPES.values())}.")
+        raise SdaError(f"out is {out.dtype}; guidance takes float32, bfloat16 or float16.")
     for name, tensor in {**floats, "out": out, "position": position}.items():
         if tensor.device != x.device:
             raise SdaError(f"{name} lies on {tensor.device} and x on {x.device}; guidance needs one device for all.")

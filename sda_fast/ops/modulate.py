@@ -5,19 +5,17 @@ elementwise operations serve (a DiT is a few per cent of the work there), CUDA b
 pass over rows, which Triton expresses fully.
 """
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sda_fast.errors import SdaError
-from sda_fast.ops._backend import select
+from sda_fast.ops._backend import DTYPES, on_device_of, select
 from sda_fast.reference import modulate as plain
 
 VERSIONS = ("triton", "plain")
 MAX_CHANNELS = 8192  # a row is held in registers
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -53,7 +51,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     from sda_fast.kernels import modulate as kernel
 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with _on(x.device):
+    with on_device_of(x):
         kernel.modulate(out, _aligned(x), _aligned(shift), _aligned(scale), eps)
     return out
 
@@ -72,7 +70,7 @@ def _gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     from sda_fast.kernels import modulate as kernel
 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with _on(x.device):
+    with on_device_of(x):
         kernel.gate_residual(out, _aligned(x), _aligned(gate), _aligned(y))
     return out
 
@@ -145,7 +143,3 @@ def _aligned(x: Tensor) -> Tensor:
     if x.shape[-1] % 8 or (x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])):
         return x
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,6 +1,5 @@
 """Normal noise that depends on seed, image, step and element alone (formula in csrc/philox.h)."""
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sda_fast.errors import SdaError
-from sda_fast.ops._backend import core, select
+from sda_fast.ops._backend import core, on_device_of, select
 from sda_fast.ops._layout import image_layout
 from sda_fast.reference import philox
 
@@ -83,7 +82,7 @@ def _fill(out: Tensor, identities: Tensor, seed: int, step: int) -> None:
         return
     layout = image_layout(out, "out")
     identities = identities.contiguous()
-    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
+    with on_device_of(out):
         if version == "triton":
             from sda_fast.kernels import philox_normal as kernel
 

@@ -1,6 +1,5 @@
 """One reverse step of the diffusion in one pass over memory (formula in csrc/reverse_step.h)."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sda_fast.errors import SdaError
-from sda_fast.ops._backend import core, select
-from sda_fast.ops._pixels import DTYPES, dtype_code, pixels, strides
+from sda_fast.ops._backend import DTYPES, core, dtype_code, on_device_of, select
+from sda_fast.ops._pixels import pixels, strides
 from sda_fast.ops.philox_normal import identity_tensor
 from sda_fast.reference import reverse_step as plain
 
@@ -206,7 +205,7 @@ def _fill(
     identities = None if identities is None else identities.contiguous()
     vectors = dict(table=table, position=position, identities=identities, squares=squares)
     joint = norm == "batch"
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         if version == "triton":
             from sda_fast.kernels import reverse_step as kernel
 

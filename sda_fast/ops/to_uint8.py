@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sda_fast.errors import SdaError
-from sda_fast.ops._backend import core, select
-from sda_fast.ops._pixels import DTYPES, dtype_code, pixels, strides
+from sda_fast.ops._backend import DTYPES, core, dtype_code, on_device_of, select
+from sda_fast.ops._pixels import pixels, strides
 from sda_fast.reference import to_uint8 as plain
 
 VERSIONS = ("cpp", "triton", "plain")
@@ -82,7 +82,8 @@ def _fill(out: Tensor, x: Tensor, truncate: bool) -> None:
     elif version == "triton":
         from sda_fast.kernels import to_uint8 as kernel
 
-        kernel.to_uint8(out, x, strides=strides(x, "x"), truncate=truncate)
+        with on_device_of(x):
+            kernel.to_uint8(out, x, strides=strides(x, "x"), truncate=truncate)
     else:
         core().to_uint8_cpu(
             out=out.data_ptr(),
