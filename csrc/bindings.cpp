@@ -169,8 +169,8 @@ sda::GuidanceTensors guidance_tensors(int64_t images, int64_t channels, int64_t 
                                       bool interleaved, Address x, const sda::ImageStrides& x_strides,
                                       Address out, const sda::ImageStrides& out_strides,
                                       Address reference_down, Address down, Address gram, Address table,
-                                      Address position, Address cotangent, Address squares, Address x0,
-                                      const sda::ImageStrides& x0_strides) {
+                                      int64_t steps, Address position, Address cotangent, Address squares,
+                                      Address x0, const sda::ImageStrides& x0_strides) {
     return {images,
             channels,
             size,
@@ -185,6 +185,7 @@ sda::GuidanceTensors guidance_tensors(int64_t images, int64_t channels, int64_t 
             pointer<float>(down),
             pointer<float>(gram),
             pointer<float>(table),
+            steps,
             pointer<int64_t>(position),
             pointer<void>(cotangent),
             pointer<float>(squares),
@@ -204,8 +205,8 @@ void bind_guidance(py::module_& m) {
         .def(py::init(&guidance_tensors), py::kw_only(), py::arg("images"), py::arg("channels"),
              py::arg("size"), py::arg("low"), py::arg("dtype"), py::arg("interleaved"), py::arg("x"),
              py::arg("x_strides"), py::arg("out"), py::arg("out_strides"), py::arg("reference_down"),
-             py::arg("down"), py::arg("gram"), py::arg("table"), py::arg("position"), py::arg("cotangent"),
-             py::arg("squares"), py::arg("x0"), py::arg("x0_strides"));
+             py::arg("down"), py::arg("gram"), py::arg("table"), py::arg("steps"), py::arg("position"),
+             py::arg("cotangent"), py::arg("squares"), py::arg("x0"), py::arg("x0_strides"));
     m.def("guidance_cpu_workspace", &sda::cpu::guidance_workspace, py::arg("tensors"), py::arg("threads"));
     m.def(
         "guidance_cpu",

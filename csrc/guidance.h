@@ -18,6 +18,7 @@
 
 #include "philox.h"
 #include "status.h"
+#include "step_table.h"
 
 namespace sda {
 
@@ -38,6 +39,7 @@ struct GuidanceTensors {
     const float* down;            // P [m, n], contiguous
     const float* gram;            // G [m, m], contiguous
     const float* table;           // [steps, kStepColumns], contiguous
+    int64_t steps;
     const int64_t* position;
     void* cotangent;
     float* squares;  // [images]
@@ -52,6 +54,21 @@ inline bool valid(const GuidanceTensors& t) {
 constexpr int64_t kGramReach = 3;  // G[r, s] is zero for |r - s| > 3
 
 SDA_FN int64_t lead(int64_t factor) { return 3 * factor / 2; }
+
+struct Prediction {
+    float a, b;
+};
+
+// NaN, and so are the squares, where the index lies outside of the table.
+SDA_FN Prediction prediction_of(const GuidanceTensors& t) {
+    const int64_t i = t.position[0];
+    if (i < 0 || i >= t.steps) {
+        const float nan = bit_cast<float>(0x7fc00000u);
+        return {nan, nan};
+    }
+    const float* row = t.table + i * kStepColumns;
+    return {row[kSqrtRecipAlphasCumprod], row[kSqrtRecipm1AlphasCumprod]};
+}
 
 SDA_FN float predict_raw(float a, float b, float x, float eps) { return add(mul(a, x), -mul(b, eps)); }
 

@@ -67,6 +67,7 @@ def reduce_kernel(
     x0_channel,
     x0_row,
     x0_column,
+    steps,
     planes,
     size,
     low,
@@ -96,8 +97,9 @@ def reduce_kernel(
     o_out = i_c * out_channel + i_w * out_column
     o_x0 = i_image * x0_image + i_c * x0_channel + i_w * x0_column
     row = tl.load(p_position)
-    a = tl.load(p_table + row * 8)
-    b = tl.load(p_table + row * 8 + 1)
+    inside = (row >= 0) & (row < steps)
+    a = tl.load(p_table + row * 8, mask=inside, other=float("nan"))
+    b = tl.load(p_table + row * 8 + 1, mask=inside, other=float("nan"))
     first = 1 + i_tile * groups
     last = tl.minimum(first + groups, low + 2)
     p_sums += (i_plane * tiles + i_tile) * (groups + 3) * width
@@ -341,7 +343,7 @@ def guidance(
     wide = dict(FACTOR=factor, LANES=lanes, BLOCK=block)
     strides = (*x.stride(), *out.stride(), *target.stride())
     reduce_kernel[(count * tiles * chunks,)](
-        x, out, table, position, down, sums, mask, target, *strides, *sizes, WRITE_X0=x0 is not None, **wide, **big
+        x, out, table, position, down, sums, mask, target, *strides, len(table), *sizes, WRITE_X0=x0 is not None, **wide, **big
     )
     low_kernel[(count * low * small_chunks,)](
         reference_down,

@@ -26,7 +26,8 @@ from sda_fast.kernels.philox_normal import philox_normals_of
 
 AXES = ("image", "channel", "pixel")
 BLOCK = 256
-OPTIONS = {"enable_fp_fusion": False, "num_warps": 8}  # one Philox block per thread; two would spill
+# One Philox block per thread, two would spill. Denormals are kept in square roots and divisions, as in C++ and CUDA.
+OPTIONS = {"enable_fp_fusion": False, "enable_reflect_ftz": False, "num_warps": 8}
 
 
 @triton.jit

@@ -38,6 +38,7 @@ class GuidanceTensors:
         down: int,
         gram: int,
         table: int,
+        steps: int,
         position: int,
         cotangent: int,
         squares: int,

@@ -12,3 +12,10 @@
 #else
 #define SDA_CLONES
 #endif
+
+// What a clone calls must lie inside it.
+#if defined(__GNUC__)
+#define SDA_INLINE inline __attribute__((always_inline))
+#else
+#define SDA_INLINE inline
+#endif

@@ -7,13 +7,6 @@
 #include "../status.h"
 #include "clones.h"
 
-// A template must lie inside the function that is compiled for several processors.
-#if defined(__GNUC__)
-#define SDA_INLINE inline __attribute__((always_inline))
-#else
-#define SDA_INLINE inline
-#endif
-
 namespace sda::cpu {
 namespace {
 

@@ -288,9 +288,7 @@ void write_x0(const GuidanceTensors& t, const float* row, const Item& item, int6
 
 // x0 and its mask, and P x0 into `tall`, in one pass over x and eps.
 void reduce_rows(const GuidanceTensors& t, const Shape& s, const Item& item, Scratch& m) {
-    const float* coefficients = t.table + t.position[0] * kStepColumns;
-    const float a = coefficients[kSqrtRecipAlphasCumprod];
-    const float b = coefficients[kSqrtRecipm1AlphasCumprod];
+    const auto [a, b] = prediction_of(t);
     std::fill(m.tall, m.tall + s.low * s.width, 0.0f);
     for (int64_t q = 1; q <= s.low + 1; ++q) {
         const int64_t first = std::max<int64_t>(0, s.factor * q - lead(s.factor));

@@ -7,6 +7,7 @@
 #include "clones.h"
 #include "parallel.h"
 #include "philox_normal.h"
+#include "prefetch.h"
 
 namespace sda::cpu {
 namespace {
@@ -15,40 +16,66 @@ constexpr int64_t kChunk = 1024;           // pixels of one channel at a time: w
 constexpr int64_t kGrainElements = 65536;  // worth a thread
 constexpr int64_t kDrawnElements = 4 * kDrawnBlocks;
 
+int64_t bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
 // Room for one chunk of everything that is not float32 side by side in memory.
 struct Buffers {
     float x[kChunk], eps[kChunk], v[kChunk], cotangent[kChunk], through_network[kChunk], result[kChunk];
     float noise[kChunk + 2 * kDrawnElements];
 };
 
-// The loops. `result` may be `x`: every element is read before it is written.
+// What one chunk is computed from, float32 side by side; v, noise and the guidance's two may be null.
+// `result` may be `x`: every element is read before it is written.
+struct Chunk {
+    const float *x, *eps, *v, *noise, *cotangent, *through_network;
+    float* result;
+    int64_t count;
+};
 
-SDA_CLONES void mean_of(float* result, const float* x, const float* eps, int64_t count, Coefficients c,
-                        bool clip) {
-    if (clip) {
+enum class Noise { kNone, kFixed, kLearned };
+
+template <bool kClip, Noise kNoise, bool kGuided>
+SDA_INLINE void compute_as(const Chunk& k, const Coefficients& c, float sigma, float weight) {
+    const float *x = k.x, *eps = k.eps, *v = k.v, *noise = k.noise;
+    const float *cotangent = k.cotangent, *through_network = k.through_network;
+    float* result = k.result;
 #pragma GCC ivdep
-        for (int64_t i = 0; i < count; ++i) result[i] = posterior_mean(c, true, x[i], eps[i]);
-    } else {
-#pragma GCC ivdep
-        for (int64_t i = 0; i < count; ++i) result[i] = posterior_mean(c, false, x[i], eps[i]);
+    for (int64_t i = 0; i < k.count; ++i) {
+        float y = posterior_mean(c, kClip, x[i], eps[i]);
+        if (kNoise == Noise::kLearned) y = add(y, mul(learned_sigma(c, v[i]), noise[i]));
+        if (kNoise == Noise::kFixed) y = add(y, mul(sigma, noise[i]));
+        if (kGuided) y = add(y, mul(weight, gradient(c, cotangent[i], through_network[i])));
+        result[i] = y;
     }
 }
 
-SDA_CLONES void add_learned_noise(float* result, const float* v, const float* noise, int64_t count,
-                                  Coefficients c) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) result[i] += learned_sigma(c, v[i]) * noise[i];
+template <bool kClip, Noise kNoise>
+SDA_INLINE void compute_with(const Chunk& k, const Coefficients& c, float sigma, float weight) {
+    if (k.cotangent != nullptr) {
+        compute_as<kClip, kNoise, true>(k, c, sigma, weight);
+    } else {
+        compute_as<kClip, kNoise, false>(k, c, sigma, weight);
+    }
 }
 
-SDA_CLONES void add_noise(float* result, const float* noise, int64_t count, float sigma) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) result[i] += sigma * noise[i];
+template <bool kClip>
+SDA_INLINE void compute_clipped(const Chunk& k, const Coefficients& c, float sigma, float weight) {
+    if (k.noise == nullptr) {
+        compute_with<kClip, Noise::kNone>(k, c, sigma, weight);
+    } else if (k.v == nullptr) {
+        compute_with<kClip, Noise::kFixed>(k, c, sigma, weight);
+    } else {
+        compute_with<kClip, Noise::kLearned>(k, c, sigma, weight);
+    }
 }
 
-SDA_CLONES void add_guidance(float* result, const float* cotangent, const float* through_network,
-                             int64_t count, Coefficients c, float weight) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) result[i] += weight * gradient(c, cotangent[i], through_network[i]);
+SDA_CLONES void compute(const Chunk& k, Coefficients c, bool clip, float weight) {
+    const float sigma = fixed_sigma(c);
+    if (clip) {
+        compute_clipped<true>(k, c, sigma, weight);
+    } else {
+        compute_clipped<false>(k, c, sigma, weight);
+    }
 }
 
 SDA_CLONES void widen_bfloat16(float* to, const Bfloat16* from, int64_t count, int64_t stride) {
@@ -68,7 +95,10 @@ SDA_CLONES void widen_float16(float* to, const Float16* from, int64_t count, int
 }
 
 // `count` values from `element` on, as float32: where they lie, if they lie side by side, else in the buffer.
+// Those of the next chunk are asked for meanwhile: the processor's own prefetching stops at every page.
 const float* read(float* buffer, const Pixels& from, int dtype, int64_t element, int64_t count) {
+    prefetch(static_cast<const char*>(from.data) + (element + count * from.stride_pixel) * bytes(dtype),
+             count * from.stride_pixel * bytes(dtype));
     if (dtype == kBfloat16) {
         widen_bfloat16(buffer, static_cast<const Bfloat16*>(from.data) + element, count, from.stride_pixel);
         return buffer;
@@ -97,30 +127,27 @@ const float* draw(float* buffer, const ReverseStep& s, int64_t n, int64_t first,
 
 void step_chunk(const ReverseStep& s, const Coefficients& c, float weight, int64_t n, int64_t channel,
                 int64_t pixel, int64_t count, Buffers& buffers) {
-    const float* x = read(buffers.x, s.x, kFloat32, at(s.x, n, channel, pixel), count);
-    const float* eps = read(buffers.eps, s.out, s.dtype, at(s.out, n, channel, pixel), count);
     float* target = static_cast<float*>(s.result.data) + at(s.result, n, channel, pixel);
     float* result = s.result.stride_pixel == 1 ? target : buffers.result;
-    mean_of(result, x, eps, count, c, s.clip);
+    const auto half = [&](float* buffer, const Pixels& from, int64_t first) {
+        return read(buffer, from, s.dtype, at(from, n, first, pixel), count);
+    };
+    Chunk chunk{};
+    chunk.x = read(buffers.x, s.x, kFloat32, at(s.x, n, channel, pixel), count);
+    chunk.eps = half(buffers.eps, s.out, channel);
     if (c.noise_scale != 0.0f) {
-        const float* noise =
-            s.noise.data != nullptr
-                ? read(buffers.noise, s.noise, kFloat32, at(s.noise, n, channel, pixel), count)
-                : draw(buffers.noise, s, n, channel * s.pixels + pixel, count);
-        if (s.learned) {
-            const int64_t where = at(s.out, n, s.channels + channel, pixel);
-            add_learned_noise(result, read(buffers.v, s.out, s.dtype, where, count), noise, count, c);
-        } else {
-            add_noise(result, noise, count, fixed_sigma(c));
-        }
+        chunk.noise = s.noise.data != nullptr
+                          ? read(buffers.noise, s.noise, kFloat32, at(s.noise, n, channel, pixel), count)
+                          : draw(buffers.noise, s, n, channel * s.pixels + pixel, count);
+        if (s.learned) chunk.v = half(buffers.v, s.out, s.channels + channel);
     }
     if (s.cotangent.data != nullptr) {
-        const float* cotangent =
-            read(buffers.cotangent, s.cotangent, s.dtype, at(s.cotangent, n, channel, pixel), count);
-        const float* through_network = read(buffers.through_network, s.through_network, s.dtype,
-                                            at(s.through_network, n, channel, pixel), count);
-        add_guidance(result, cotangent, through_network, count, c, weight);
+        chunk.cotangent = half(buffers.cotangent, s.cotangent, channel);
+        chunk.through_network = half(buffers.through_network, s.through_network, channel);
     }
+    chunk.result = result;
+    chunk.count = count;
+    compute(chunk, c, s.clip, weight);
     if (result == buffers.result) {
         for (int64_t i = 0; i < count; ++i) target[i * s.result.stride_pixel] = result[i];
     }

@@ -20,8 +20,10 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kTileRows = 44;  // of an image, about; 11 groups for D = 4, of which 65 make 256 rows
 constexpr int kMinGroups = 3;  // then a row of P meets two tiles at most
-constexpr int64_t kFreeShared = 48 << 10;
-constexpr int64_t kMaxShared = 99 << 10;  // of a block, on every device from sm_80 on
+// Of the 48 KiB that a block may take unasked, and of the 99 KiB that every device from sm_80 on has for one,
+// without the kernels' static 1 KiB.
+constexpr int64_t kFreeShared = 47 << 10;
+constexpr int64_t kMaxShared = 98 << 10;
 constexpr int64_t kAlignment = 256;
 
 struct Plan {
@@ -235,8 +237,7 @@ __global__ void __launch_bounds__(kMaxThreads) reduce_rows(GuidanceTensors t, Pl
     for (int i = threadIdx.x; i < row_count * row_pitch; i += blockDim.x) rows[i] = 0.0f;
     __syncthreads();
 
-    const float* coefficients = t.table + t.position[0] * kStepColumns;
-    const float a = coefficients[kSqrtRecipAlphasCumprod], b = coefficients[kSqrtRecipm1AlphasCumprod];
+    const auto [a, b] = prediction_of(t);
     for (int column = threadIdx.x * kCount; column < p.width; column += blockDim.x * kCount) {
         int place[kCount];
 #pragma unroll

@@ -46,7 +46,8 @@ def guidance(
     down, gram: `LowPass`'s P [m, n] and G [m, m], float32, contiguous. Only their bands are read, the 4D columns of
         row r of P from D r - floor(3D/2) on and seven of G, so nothing but these two matrices will do.
     table: `Schedule.step_table`, float32 [steps, 8], contiguous.
-    position: int64 [2] (or longer); position[0], the index into the table, is read on the device.
+    position: int64 [2] (or longer); position[0], the index into the table, is read on the device;
+        outside of the table squares become NaN (the plain version raises).
 
     Returns cotangent [N, C, n, n] in out's dtype and memory format, squares float32 [N] and, if return_x0, x0 float32
     [N, C, n, n] in x's memory format. On a backend an image's results do not depend on the others in its batch.
@@ -135,6 +136,7 @@ def _fill(
             down=down.data_ptr(),
             gram=gram.data_ptr(),
             table=table.data_ptr(),
+            steps=len(table),
             position=position.data_ptr(),
             cotangent=cotangent.data_ptr(),
             squares=squares.data_ptr(),

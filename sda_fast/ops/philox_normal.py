@@ -138,4 +138,5 @@ def identity_tensor(identities: Tensor | Sequence[int], images: int, device: tor
             f"identities are {identities.dtype} {tuple(identities.shape)}; they must be one int64 per "
             f"image, here [{images}]."
         )
-    return identities.to(device, non_blocking=True)
+    # To the CPU the copy must be waited for: the C++ version would read identities that are still on their way.
+    return identities.to(device, non_blocking=torch.device(device).type != "cpu")

@@ -224,6 +224,7 @@ def test_every_output_is_written():
         down=down.data_ptr(),
         gram=gram.data_ptr(),
         table=table.data_ptr(),
+        steps=len(table),
         position=position.data_ptr(),
         cotangent=cotangent.data_ptr(),
         squares=squares.data_ptr(),
@@ -356,7 +357,7 @@ MISTAKES = {
     "position is torch.int32": dict(position=torch.zeros(2, dtype=torch.int32)),
     "position is torch.int64 \\(\\)": dict(position=torch.tensor(3)),
     "x is torch.float16; .* pass x.float": dict(x=torch.zeros(2, 3, 16, 16).half()),
-    "out is torch.float64; guidance takes float32, bfloat16, float16": dict(out=torch.zeros(2, 3, 16, 16).double()),
+    "out is torch.float64; guidance takes float32, bfloat16 or float16": dict(out=torch.zeros(2, 3, 16, 16).double()),
     "position lies on meta and x on cpu": dict(position=torch.zeros(2, dtype=torch.int64, device="meta")),
     "down is not contiguous": dict(down=torch.zeros(16, 4).T),
     "out has shape .* and strides .* side by side": dict(out=torch.zeros(2, 3, 16, 32)[..., ::2]),
@@ -404,6 +405,7 @@ def test_on_the_device(backend):
         Sizes(1, 3, 3, 256, 1),
         Sizes(2, 3, 3, 512, 8, torch.float16, out_format=LAST),
         Sizes(1, 3, 3, 512, 1, out_format=LAST),
+        Sizes(2, 3, 3, 128, 2, out_format=LAST),  # shared memory just below what needs no asking
     ]
     for sizes in [*CASES, *LARGER, *big]:
         args = arguments(sizes)
@@ -424,3 +426,11 @@ def test_on_the_device(backend):
     cotangent, squares, _ = run(only_x(torch.zeros(2, 3, 16, 16), 4))
     assert not cotangent.any()
     assert not squares.any()
+
+
+@pytest.mark.parametrize("index", [-1, 100, 2**40])
+def test_an_index_outside_of_the_table_gives_nan(index):
+    *args, position = arguments(CASES[0])
+    position = torch.tensor([index, 0])
+    _, squares = guidance(*args, position)
+    assert squares.isnan().all()
