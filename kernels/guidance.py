@@ -343,7 +343,20 @@ def guidance(
     wide = dict(FACTOR=factor, LANES=lanes, BLOCK=block)
     strides = (*x.stride(), *out.stride(), *target.stride())
     reduce_kernel[(count * tiles * chunks,)](
-        x, out, table, position, down, sums, mask, target, *strides, len(table), *sizes, WRITE_X0=x0 is not None, **wide, **big
+        x,
+        out,
+        table,
+        position,
+        down,
+        sums,
+        mask,
+        target,
+        *strides,
+        len(table),
+        *sizes,
+        WRITE_X0=x0 is not None,
+        **wide,
+        **big,
     )
     low_kernel[(count * low * small_chunks,)](
         reference_down,
