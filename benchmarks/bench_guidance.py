@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-from harness import Case, main
+from harness import Case, backends, main
 
 from sda_fast import ops
 from sda_fast.diffusion import LowPass, Schedule
@@ -22,8 +22,9 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 def cases(device: str, tiny: bool) -> Iterator[Case]:
     size, factor = (32, 4) if tiny else (256, 4)
     batches = [2] if tiny else [16] if device == "cpu" else [16, 32]
-    backends = ["cpp"] if device == "cpu" else ["cuda", "triton"]
-    for images, (dtype, layout), backend in product(batches, product(DTYPES, FORMATS), backends):
+    for images, (dtype, layout), backend in product(
+        batches, product(DTYPES, FORMATS), backends(device, "cpp", "cuda", "triton")
+    ):
         yield case(backend, device, images, size, factor, dtype, layout)
 
 

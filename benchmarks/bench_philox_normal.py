@@ -3,24 +3,22 @@
 from collections.abc import Iterator
 
 import torch
-from harness import Case, main
+from harness import Case, backends, main
 from torch import Tensor
 
 from sda_fast import ops
 from sda_fast.ops import philox_normal
-from sda_fast.ops._backend import core
 from sda_fast.reference import philox
 
 MAX_ULP = 3.0  # of the polynomials against the correctly rounded formula, see csrc/philox.h
 
 
 def cases(device: str, tiny: bool) -> Iterator[Case]:
-    backends = ["cpp"] if device == "cpu" else ["triton", "cuda"] if core().cuda_built else ["triton"]
     images = (2,) if tiny else (16,) if device == "cpu" else (16, 32)
     for n in images:
         shape = (n, 3, 16, 16) if tiny else (n, 3, 256, 256)
         for layout in ("contiguous", "channels_last"):
-            for backend in backends:
+            for backend in backends(device, "cpp", "triton", "cuda"):
                 yield case(backend, shape, layout, device)
 
 

@@ -1,15 +1,14 @@
 """reverse_step, guided and with learned variance as in ADM-256, against the plain version.
 
 The first case, noise given and float32, is the one to compare. Where noise is drawn inside, the plain version draws it
-in plain torch, which takes most of its time; against "plain+cpp noise" it gets the noise of the compiled operator
-instead.
+in plain torch, which takes most of its time; against "plain, operator's noise" it gets the noise of the operator.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness import Case, main
+from harness import Case, backends, main
 
 from sda_fast import ops
 from sda_fast.diffusion import Schedule
@@ -26,10 +25,10 @@ def cases(device: str, tiny: bool) -> Iterator[Case]:
     nchw, nhwc = torch.contiguous_format, torch.channels_last
     for images in (2,) if tiny else (16,) if device == "cpu" else (16, 32):
         shape = [images, 3, 32, 32] if tiny else [images, 3, 256, 256]
-        for backend in ("cpp",) if device == "cpu" else ("cuda", "triton"):
+        for backend in backends(device, "cpp", "cuda", "triton"):
             yield case(device, backend, shape, torch.float32, nchw, "plain", drawn=False)
             yield case(device, backend, shape, torch.float32, nchw, "plain", drawn=True)
-            yield case(device, backend, shape, torch.float32, nchw, "plain+cpp noise", drawn=True)
+            yield case(device, backend, shape, torch.float32, nchw, "plain, operator's noise", drawn=True)
             yield case(device, backend, shape, torch.bfloat16, nchw, "plain", drawn=False)
             yield case(device, backend, shape, torch.bfloat16, nhwc, "plain", drawn=False)
             yield case(device, backend, shape, torch.bfloat16, nhwc, "plain", drawn=True)
@@ -78,7 +77,7 @@ def case(
 
     baselines: dict[str, Callable[[], torch.Tensor]] = {
         "plain": run_plain,
-        "plain+cpp noise": run_plain_compiled_noise,
+        "plain, operator's noise": run_plain_compiled_noise,
     }
     return Case(
         op="reverse_step",

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from sda_fast.ops._backend import core
+
 ROOT = Path(__file__).parents[1]
 # Bytes written between two measurements, several times what a cache holds. On a GPU this also keeps the device busy
 # while the host prepares the launch (about half a millisecond at 4 TB/s), which would else be measured as well.
@@ -47,6 +49,13 @@ class Case:
     baseline: Callable[[], Any] | None = None
     baseline_name: str = "plain"
     flops: int = 0
+
+
+def backends(device: str, *versions: str) -> list[str]:
+    """Those of an operator's `versions` that are compiled and meant for the device."""
+    if device == "cpu":
+        return [name for name in versions if name == "cpp"]
+    return [name for name in versions if name == "triton" or (name == "cuda" and core().cuda_built)]
 
 
 def main(cases: Callable[[str, bool], Iterable[Case]]) -> None:
@@ -99,7 +108,7 @@ def measure(case: Case, device: str, repeats: int, seconds: float = float("inf")
         return row
     calls = [case.run] if case.baseline is None else [case.run, case.baseline]
     ours, *theirs = interleaved(calls, device, repeats, seconds)
-    p20, p50, p80 = statistics.quantiles(ours, n=10)[1::3] if len(ours) > 1 else (ours[0],) * 3
+    p20, p50, p80 = statistics.quantiles(ours, n=10, method="inclusive")[1::3] if len(ours) > 1 else (ours[0],) * 3
     rate = case.bytes / p50 / 1e6
     row |= {"repeats": len(ours), "p20": p20, "p50": p50, "p80": p80, "bytes": case.bytes, "gb_per_s": rate}
     copy = copy_rate(device, torch.get_num_threads())

@@ -33,7 +33,7 @@ def main() -> None:
     if sanitizer is None or options.device == "cpu":
         reason = "it checks GPU programs only" if sanitizer else "it is not on PATH"
         print(f"SKIPPED: compute-sanitizer did not run, {reason}; nothing above was sanitised.")
-        return
+        sys.exit(0 if options.device == "cpu" else 1)
     # Every tensor an allocation of its own, so that an access beside it is seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     found = {}

@@ -374,7 +374,7 @@ def group_norm_silu(
         eps,
         SLOTS=triton.next_power_of_2(slots),
         **finish,
-        num_warps=1,
+        **MERGE_OPTIONS,
     )
     rows = [0 if p is None else p.stride(0) for p in (scale, shift)]
     vectors = (mean, rstd, weight, bias, scale, shift)

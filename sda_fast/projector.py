@@ -38,7 +38,9 @@ class _Reverse:
             raise SdaError(f"batch_size={batch_size} is out of range: give at least 1")
         if adm.num_classes is not None:
             raise SdaError("this ADM is class-conditional; projections need an unconditional one")
-        self.adm, self.schedule, self.start, self.noise_index = adm.eval(), schedule, start, noise_index
+        # Frozen: a step differentiates for the image alone, and the operators serve frozen weights.
+        self.adm = adm.eval().requires_grad_(False)
+        self.schedule, self.start, self.noise_index = schedule, start, noise_index
         self.batch_size, self.seed = batch_size, seed
 
     def _step(

@@ -38,6 +38,7 @@ def guided_step(
     down, _, gram = lowpass.matrices(x)
     cotangent, squares = guidance(x.detach(), out.detach(), reference_down, down, gram, steps.table, position)
     (through_network,) = torch.autograd.grad(eps, x, cotangent)
+    through_network = through_network.to(cotangent.dtype)  # of a network in half precision
     return reverse_step(
         x.detach(),
         out.detach(),

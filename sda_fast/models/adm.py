@@ -23,7 +23,9 @@ def _normalise(
     One operator where the weights are frozen, PyTorch's own ones where they are trained.
     """
     assert isinstance(norm, nn.GroupNorm)
-    if not (norm.weight.requires_grad and torch.is_grad_enabled()):
+    others = [t for t in (norm.weight, norm.bias, scale, shift) if t is not None]
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in others)
+    if not trained and x.dtype != torch.float64:
         return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, scale, shift, silu)
     h = norm(x)
     if scale is not None and shift is not None:

@@ -8,6 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ def _fit(
             group["lr"] = highest * _learning_rate(step, steps)
         x, labels = (t.to(device) for t in draw())
         # On the CPU the fused attention's backward is slower than plain products for so few tokens.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
+        plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+        with plain, torch.autocast(device.type, torch.bfloat16):
             loss = loss_of(model, x, labels)
         model.zero_grad(set_to_none=True)
         loss.backward()
