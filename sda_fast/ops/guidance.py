@@ -64,6 +64,7 @@ def guidance(
 def _guidance(
     x: Tensor, out: Tensor, reference_down: Tensor, down: Tensor, gram: Tensor, table: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
+    _check(x, out, reference_down, down, gram, table, position)
     cotangent, squares = _cotangent_like(x, out), x.new_empty(len(x))
     _fill(cotangent, squares, None, x, out, reference_down, down, gram, table, position)
     return cotangent, squares
@@ -80,6 +81,7 @@ def _(
 def _guidance_x0(
     x: Tensor, out: Tensor, reference_down: Tensor, down: Tensor, gram: Tensor, table: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, out, reference_down, down, gram, table, position)
     cotangent, squares, x0 = _cotangent_like(x, out), x.new_empty(len(x)), _x0_like(x)
     _fill(cotangent, squares, x0, x, out, reference_down, down, gram, table, position)
     return cotangent, squares, x0

@@ -76,6 +76,10 @@ def _(out: Tensor, identities: Tensor, seed: int, step: int) -> None:
 
 def _fill(out: Tensor, identities: Tensor, seed: int, step: int) -> None:
     """Fills out; seed is a signed 64-bit pattern."""
+    if out.dtype != torch.float32:
+        raise SdaError(f"out is {out.dtype}; philox_normal needs torch.float32.")
+    _check_numbers(tuple(out.shape), seed % 2**64, step)
+    identities = identity_tensor(identities, len(out), out.device)
     version = select("philox_normal", out.device, VERSIONS)
     if version == "plain":
         out.copy_(philox.philox_normal(out.shape, seed=seed, identities=identities, step=step))

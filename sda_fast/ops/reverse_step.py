@@ -190,7 +190,14 @@ def _fill(
     norm_group: int,
     real: int,
 ) -> None:
-    """Writes result; seed is a signed 64-bit pattern."""
+    """Writes result; seed is a signed 64-bit pattern. Checks again: the registered operator is called by others too."""
+    _check_images(x, out, noise, cotangent, through_network, result)
+    _check_step(x, table, position)
+    _check_guidance(x, cotangent, through_network, squares, norm, norm_group, real)
+    if noise is None and identities is None:
+        raise SdaError("reverse_step needs noise: give the tensor noise, or seed and identities to draw it inside.")
+    if identities is not None:
+        identities = identity_tensor(identities, len(x), x.device)
     version = select("reverse_step", x.device, VERSIONS)
     common: dict[str, Any] = dict(clip=clip, scale=scale, norm_group=norm_group, real=real)
     if version == "plain":

@@ -30,25 +30,16 @@ def to_uint8(x: Tensor, mode: str = "round", out: Tensor | None = None) -> Tenso
     """
     if mode not in MODES:
         raise SdaError(f'to_uint8 knows mode="round" and mode="truncate", not {mode!r}.')
-    if x.dim() != 4 or x.dtype not in DTYPES:
-        raise SdaError(f"x is {x.dtype} {tuple(x.shape)}; to_uint8 needs [N, C, H, W] in float32, bfloat16 or float16.")
-    if x.shape[1:].numel() > MAX_ELEMENTS:
-        raise SdaError(f"x has shape {tuple(x.shape)}; to_uint8 counts at most 2^30 elements per image.")
-    strides(x, "x")
+    _check(x, out)
     if out is None:
         return torch.ops.sda_fast.to_uint8(x, mode == "truncate")
-    shape = _shape(x)
-    if tuple(out.shape) != shape or out.dtype != torch.uint8 or out.device != x.device or not out.is_contiguous():
-        raise SdaError(
-            f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}; to_uint8 needs "
-            f"contiguous torch.uint8 {shape} on {x.device}."
-        )
     torch.ops.sda_fast.to_uint8_out(x, mode == "truncate", out)
     return out
 
 
 @torch.library.custom_op("sda_fast::to_uint8", mutates_args=())
 def _to_uint8(x: Tensor, truncate: bool) -> Tensor:
+    _check(x)
     out = torch.empty(_shape(x), dtype=torch.uint8, device=x.device)
     _fill(out, x, truncate)
     return out
@@ -61,12 +52,29 @@ def _(x: Tensor, truncate: bool) -> Tensor:
 
 @torch.library.custom_op("sda_fast::to_uint8_out", mutates_args=("out",))
 def _to_uint8_out(x: Tensor, truncate: bool, out: Tensor) -> None:
+    _check(x, out)
     _fill(out, x, truncate)
 
 
 @_to_uint8_out.register_fake
 def _(x: Tensor, truncate: bool, out: Tensor) -> None:
     return None
+
+
+def _check(x: Tensor, out: Tensor | None = None) -> None:
+    if x.dim() != 4 or x.dtype not in DTYPES:
+        raise SdaError(f"x is {x.dtype} {tuple(x.shape)}; to_uint8 needs [N, C, H, W] in float32, bfloat16 or float16.")
+    if x.shape[1:].numel() > MAX_ELEMENTS:
+        raise SdaError(f"x has shape {tuple(x.shape)}; to_uint8 counts at most 2^30 elements per image: cut the image.")
+    strides(x, "x")
+    if out is None:
+        return
+    shape = _shape(x)
+    if tuple(out.shape) != shape or out.dtype != torch.uint8 or out.device != x.device or not out.is_contiguous():
+        raise SdaError(
+            f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}; to_uint8 needs "
+            f"contiguous torch.uint8 {shape} on {x.device}."
+        )
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:
