@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from sda_fast.models import ADM
+from sda_fast.models import ADM, load_adm
+from sda_fast.models import adm as adm_module
 from sda_fast.models.checkpoints import ADM_PRESETS
 from sda_fast.models.embedding import timestep_embedding
+from sda_fast.ops import group_norm_silu
 from sda_fast.reference import UNet
 from sda_fast.reference.unet import timestep_embedding as reference_embedding
 
@@ -103,3 +105,24 @@ def test_timestep_features_are_those_of_the_reference(dim):
     assert features.shape == (4, dim)
     torch.testing.assert_close(features, reference_embedding(timesteps, dim), rtol=1e-4, atol=1e-4)
     assert torch.equal(features[0, : dim // 2], torch.ones(dim // 2))
+
+
+def test_channels_last_runs_on_the_operator(tiny, monkeypatch):
+    """With the result of contiguous images, forward and back, up to last bits."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return group_norm_silu(*args)
+
+    monkeypatch.setattr(adm_module, "group_norm_silu", counted)
+    model, timesteps = load_adm(tiny.adm), torch.tensor([3, 700])
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
+        out = model(x.requires_grad_(), timesteps)
+        results.append((len(calls), out, torch.autograd.grad(out.square().sum(), x)[0]))
+    (before, *plain), (after, *fused) = results
+    assert before == 0 < after
+    for a, b in zip(plain, fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
