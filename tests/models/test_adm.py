@@ -125,4 +125,4 @@ def test_channels_last_runs_on_the_operator(tiny, monkeypatch):
     (before, *plain), (after, *fused) = results
     assert before == 0 < after
     for a, b in zip(plain, fused, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert (a - b).norm() <= 1e-5 * b.norm()
