@@ -1,6 +1,6 @@
 """ADM, the ablated diffusion UNet (Dhariwal & Nichol 2021), with the state_dict keys of the published checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def _normalise(
     h = norm(x)
     if scale is not None and shift is not None:
         h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-    return F.silu(h) if silu else h
+    return (F.silu(h) if silu else h).to(x.dtype)
 
 
 def _zero(module: nn.Module) -> nn.Module:
@@ -48,7 +48,12 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        if x.is_contiguous():
+            # In these operators a graph traced with an open batch stays one that ONNX can express.
+            n, c, height, width = x.shape
+            x = x[:, :, :, None, :, None].expand(n, c, height, 2, width, 2).reshape(n, c, 2 * height, 2 * width)
+        else:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
         return x if self.conv is None else self.conv(x)
 
 
@@ -89,20 +94,27 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        # x [N, C, H, W], emb [N, E] -> [N, out, H', W']
+    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        # x [N, C, H, W], conditioning [N or 1, emb_out] = emb_layers(emb) -> [N, out, H', W']
         norm, _, conv = self.in_layers
         h = _normalise(norm, x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv(h)
-        emb_out = self.emb_layers(emb).to(h.dtype)
+        conditioning = conditioning.expand(h.shape[0], -1)  # len() would fix the batch in a traced graph
         norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
-            h = _normalise(norm, h, *emb_out.chunk(2, dim=1))
+            scale, shift = conditioning.chunk(2, dim=1)
+            h = _normalise(norm, h, scale, shift)
         else:
-            h = _normalise(norm, h + emb_out[:, :, None, None])
+            h = _normalise(norm, h + conditioning[:, :, None, None].to(h.dtype))
         return self.skip_connection(x) + conv(dropout(h))
+
+
+def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of one tap (the published checkpoints have these) as the matrix product it is: x [N, T, C]."""
+    assert isinstance(conv, nn.Conv1d)
+    return F.linear(x, conv.weight[:, :, 0], conv.bias)
 
 
 class AttentionBlock(nn.Module):
@@ -118,23 +130,23 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        x = x.reshape(n, c, height * width)
-        qkv = self.qkv(_normalise(self.norm, x, silu=False))  # [N, 3C, T]
+        h = _normalise(self.norm, x, silu=False).flatten(2).transpose(1, 2)  # [N, T, C]
+        qkv = _pointwise(self.qkv, h)  # [N, T, 3C]
         if self.use_new_attention_order:
-            q, k, v = qkv.reshape(n, 3, self.num_heads, -1, height * width).transpose(-1, -2).unbind(1)
+            q, k, v = qkv.reshape(n, -1, 3, self.num_heads, c // self.num_heads).unbind(2)
         else:
-            q, k, v = qkv.reshape(n, self.num_heads, 3, -1, height * width).transpose(-1, -2).unbind(2)
-        h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())  # [N, heads, T, C/heads]
-        h = h.transpose(-1, -2).reshape(n, c, height * width)
-        return (x + self.proj_out(h)).reshape(n, c, height, width)
+            q, k, v = qkv.reshape(n, -1, self.num_heads, 3, c // self.num_heads).unbind(3)
+        h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        h = h.transpose(1, 2).reshape(n, -1, c)  # [N, T, C]
+        return x + _pointwise(self.proj_out, h).transpose(1, 2).reshape(n, c, height, width)
 
 
 class Block(nn.Sequential):
-    """A sequence whose residual blocks also take the timestep embedding."""
+    """A sequence whose residual blocks each take the next piece of the conditioning."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # one argument more
+    def forward(self, x: Tensor, conditioning: Iterator[Tensor]) -> Tensor:  # type: ignore[override]  # one more
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            x = layer(x, next(conditioning)) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 
@@ -225,18 +237,45 @@ class ADM(nn.Module):
 
         Returns [N, out_channels, H, W]: the predicted noise, then the variance channels in [-1, 1] where learned.
         """
+        return self.denoise(x, self.conditioning(timesteps, y))
+
+    def conditioning(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """All that the network wants to know of timesteps and labels: what every residual block is given, [N, K].
+
+        It depends on nothing else, so that the steps of a schedule can share one table.
+        """
         if y is not None and self.num_classes is None:
             raise ValueError("this ADM is unconditional: leave y out")
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
+        dtype = next(self.time_embed.parameters()).dtype
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
         if self.num_classes is not None:
             if y is None:
                 raise ValueError(f"this ADM is class-conditional: pass y, int64 labels below {self.num_classes}")
             emb = emb + self.label_emb(y)
-        h, skips = x, []
+        return torch.cat([block.emb_layers(emb) for block in self._residual_blocks()], dim=1)
+
+    def denoise(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        """`forward` from `conditioning` [N, K], or [1, K] where all images are at one timestep."""
+        sizes = [block.emb_layers[1].out_features for block in self._residual_blocks()]
+        parts = iter(conditioning.split(sizes, dim=1))
+        h, skips = x.to(self.torso_dtype), []
         for block in self.input_blocks:
-            h = block(h, emb)
+            h = block(h, parts)
             skips.append(h)
-        h = self.middle_block(h, emb)
+        h = self.middle_block(h, parts)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h)
+            h = block(torch.cat([h, skips.pop()], dim=1), parts)
+        return self.out[2](_normalise(self.out[0], h.to(x.dtype)))
+
+    @property
+    def torso_dtype(self) -> torch.dtype:
+        """Of everything between the image and the last norm; embedding and output stay in float32, as published."""
+        return next(self.input_blocks.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _residual_blocks(self) -> list[ResBlock]:
+        # In the order in which `denoise` runs them.
+        return [m for m in self.modules() if isinstance(m, ResBlock)]

@@ -7,10 +7,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sda_fast.models.embedding import timestep_embedding
+from sda_fast.ops import gate_residual, modulate
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale[:, None]) + shift[:, None]
+def _modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) (1 + scale) + shift; x [N, T, C], shift and scale [N, C], in x's dtype."""
+    if x.is_cuda and not torch.is_grad_enabled():
+        return modulate(x, shift, scale, norm.eps)
+    return (norm(x) * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+
+
+def _gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """x + gate y; x, y [N, T, C], gate [N, C], in x's dtype."""
+    if x.is_cuda and not torch.is_grad_enabled():
+        return gate_residual(x, gate, y)
+    return (x + gate[:, None] * y).to(x.dtype)
 
 
 def sincos_position_embedding(dim: int, grid_size: int) -> Tensor:
@@ -95,10 +106,11 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attn(_modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(_modulate(self.norm2(x), shift_m, scale_m))
+    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        # x [N, T, hidden], conditioning [N, 6 hidden] = adaLN_modulation(c)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = conditioning.chunk(6, dim=1)
+        x = _gate_residual(x, gate_a, self.attn(_modulate(self.norm1, x, shift_a, scale_a)))
+        return _gate_residual(x, gate_m, self.mlp(_modulate(self.norm2, x, shift_m, scale_m)))
 
 
 class FinalLayer(nn.Module):
@@ -108,9 +120,10 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(_modulate(self.norm_final(x), shift, scale))
+    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        # x [N, T, hidden], conditioning [N, 2 hidden] = adaLN_modulation(c)
+        shift, scale = conditioning.chunk(2, dim=1)
+        return self.linear(_modulate(self.norm_final, x, shift, scale))
 
 
 class DiT(nn.Module):
@@ -165,19 +178,35 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
         """x [N, in_channels, S, S], timesteps [N] of the original 1000, y int64 [N] -> [N, out_channels, S, S]."""
-        tokens = self.x_embedder(x) + self.pos_embed
+        return self.denoise(x, self.conditioning(timesteps, y))
+
+    def conditioning(self, timesteps: Tensor, y: Tensor) -> Tensor:
+        """All that the blocks want to know of timesteps and classes: what adaLN makes of them, [N, K]."""
         c = self.t_embedder(timesteps) + self.y_embedder(y)
-        for block in self.blocks:
-            tokens = block(tokens, c)
-        return self._unpatchify(self.final_layer(tokens, c))
+        return torch.cat([layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)], dim=1)
+
+    def denoise(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        """`forward` from `conditioning`, [N, K]."""
+        dtype = next((p.dtype for name, p in self.blocks.named_parameters() if name.endswith("qkv.weight")), x.dtype)
+        *parts, last = conditioning.split(
+            [layer.adaLN_modulation[1].out_features for layer in (*self.blocks, self.final_layer)], dim=1
+        )
+        tokens = (self.x_embedder(x) + self.pos_embed).to(dtype)
+        for block, part in zip(self.blocks, parts, strict=True):
+            tokens = block(tokens, part)
+        return self._unpatchify(self.final_layer(tokens.to(x.dtype), last))
 
     def forward_with_cfg(self, x: Tensor, timesteps: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Classifier-free guidance on a doubled batch: x is [z; z], y is [labels; null labels].
 
         As in the original, guidance acts on the first three channels only; both halves of the result carry it.
         """
-        half = x[: len(x) // 2]
-        out = self(torch.cat([half, half]), timesteps, y)
+        half = x[: x.shape[0] // 2]
+        return self.guided(self(torch.cat([half, half]), timesteps, y), cfg_scale)
+
+    @staticmethod
+    def guided(out: Tensor, cfg_scale: float) -> Tensor:
+        """What `forward_with_cfg` returns, from the network's output for the doubled batch."""
         eps, rest = out[:, :3], out[:, 3:]
         conditional, unconditional = eps.chunk(2)
         guided = unconditional + cfg_scale * (conditional - unconditional)
@@ -186,5 +215,5 @@ class DiT(nn.Module):
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         # [N, T, p*p*C] -> [N, C, S, S]
         p, side = self.patch_size, self.input_size // self.patch_size
-        x = tokens.reshape(len(tokens), side, side, p, p, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.out_channels, side * p, side * p)
+        x = tokens.reshape(tokens.shape[0], side, side, p, p, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], self.out_channels, side * p, side * p)

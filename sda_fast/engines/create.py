@@ -1,0 +1,23 @@
+"""Engines by name."""
+
+from importlib import import_module
+from typing import Any
+
+from sda_fast.engines.base import Engine
+from sda_fast.errors import SdaError
+
+# Modules and classes, imported when asked for: ONNX and TensorRT are extras.
+ENGINES = {
+    "eager": ("eager", "EagerEngine"),
+    "inductor": ("inductor", "InductorEngine"),
+    "onnx": ("onnx_runtime", "OnnxEngine"),
+    "trt": ("tensorrt", "TensorRTEngine"),
+}
+
+
+def create_engine(name: str, **options: Any) -> Engine:
+    """The engine of that name, `options` its fields. Raises SdaError for one that is not known or not installed."""
+    if name not in ENGINES:
+        raise SdaError(f"engine {name!r} is not known; choose one of {', '.join(ENGINES)}")
+    module, cls = ENGINES[name]
+    return getattr(import_module(f"sda_fast.engines.{module}"), cls)(**options)

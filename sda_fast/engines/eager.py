@@ -1,0 +1,39 @@
+"""The eager engine: PyTorch runs the step as it is written."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sda_fast.engines.base import versions
+from sda_fast.engines.graph import trace
+from sda_fast.engines.memory import peak_bytes
+from sda_fast.engines.steps import Step
+
+
+@dataclass(frozen=True)
+class EagerEngine:
+    """No preparation, any precision; in half precision images are channels_last, which the operators prefer."""
+
+    name = "eager"
+
+    def prepare(self, step: Step, example: tuple[Tensor, ...]) -> "EagerProgram":
+        return EagerProgram(step, example)
+
+
+class EagerProgram:
+    def __init__(self, step: Step, example: tuple[Tensor, ...]):
+        self._step, self._example = step, example
+        self._format = torch.contiguous_format if step.precision == "fp32" else torch.channels_last
+
+    @torch.no_grad()
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        first, *rest = inputs
+        return self._step(first.contiguous(memory_format=self._format), *rest)
+
+    def memory_needed(self) -> int:
+        return peak_bytes(trace(self._step, self._example))
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": "eager", "precision": self._step.precision, **versions()}
