@@ -5,6 +5,7 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -182,6 +183,19 @@ def test_averaged_weights_come_first(tiny, presets, tmp_path):
     plain = {name: torch.zeros_like(t) for name, t in dit.state_dict().items()}
     torch.save({"model": plain, "ema": dit.state_dict(), "args": argparse.Namespace(epochs=3)}, tmp_path / "train.pt")
     assert same(load_dit(tmp_path / "train.pt", "tiny"), dit)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_numpys_values_beside_the_weights(tmp_path, older):
+    """By the name they have in this numpy, and by that of numpy 1, under which most published files were written."""
+    meta = {"accuracy": np.float64(76.55), "curve": np.arange(3.0), "seed": np.int64(0)}
+    path = tmp_path / "mm.pth"
+    torch.save({"state_dict": {"a": torch.ones(2)}, "meta": meta}, path, _use_new_zipfile_serialization=False)
+    assert b"numpy._core.multiarray" in path.read_bytes()
+    if older:
+        path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    state, _ = checkpoints.read_checkpoint(path)
+    assert state.keys() == {"a"}
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,16 @@ def test_dit_gives_diffusers_outputs(dit, pipeline, monkeypatch):
     assert (converted(x, t, y) - expected).abs().max() <= 1e-5
 
 
+def test_the_epsilon_of_published_folders(dit, tmp_path):
+    """They say 1e-5 for the second norm of a block, where the original has 1e-6."""
+    published = diffusers.DiTTransformer2DModel(**{**DIT, "norm_eps": 1e-5}).eval()
+    published.load_state_dict(dit.state_dict())
+    published.save_pretrained(tmp_path)
+    x, t, y = inputs()
+    still = torch.zeros_like(t)
+    assert (load_dit(tmp_path)(x, still, y) - published(x, still, y).sample).abs().max() <= 1e-5
+
+
 def test_every_way_to_name_the_folder(pipeline):
     transformer = pipeline / "transformer"
     first = load_dit(pipeline).state_dict()
