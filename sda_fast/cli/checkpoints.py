@@ -27,29 +27,36 @@ def checkpoints(
     """List the checkpoints that are known, fetch one, or convert a classifier into a file of this package."""
     if fetch is not None and convert is not None:
         raise SdaError("--fetch and --convert are two commands: give one of them")
-    if (fetch or convert) and output is None:
-        raise SdaError("--output is missing: give the folder to write into")
     if (architecture or classes) and convert is None:
         raise SdaError("--architecture and --classes describe the file of --convert: give it")
-    if fetch is not None and not fetch.startswith("timm:"):
-        from sda_fast.download import fetch as download
-
-        with _progress() as report:
-            path = download(fetch, output or Path(), report)
-        say({"path": str(path)}, as_json, str(path))
-    elif fetch is not None or convert is not None:
-        path = _convert(fetch or convert or "", output or Path(), architecture, classes)
-        say({"path": str(path)}, as_json, str(path))
-    else:
+    if fetch is None and convert is None:
         _list(as_json)
+        return
+    if output is None:
+        raise SdaError("--output is missing: give the folder to write into")
+    if convert is not None:
+        path = _convert(convert, output, convert.stem, architecture, classes)
+    elif fetch is not None and fetch.startswith("timm:"):
+        path = _convert(fetch, output, fetch.removeprefix("timm:"))
+    else:
+        path = _fetch(str(fetch), output)
+    say({"path": str(path)}, as_json, str(path))
 
 
-def _convert(source: str | Path, folder: Path, architecture: str | None, classes: Path | None) -> Path:
+def _fetch(name: str, folder: Path) -> Path:
+    from sda_fast.download import fetch
+
+    with _progress() as report:
+        return fetch(name, folder, report)
+
+
+def _convert(
+    source: str | Path, folder: Path, name: str, architecture: str | None = None, classes: Path | None = None
+) -> Path:
     from sda_fast.data import read_classes
     from sda_fast.models import load_classifier, save_checkpoint
 
     classifier = load_classifier(source, architecture, read_classes(classes) if classes else None)
-    name = source.stem if isinstance(source, Path) else source.removeprefix("timm:")
     metadata = {"kind": "classifier", "config": classifier.config}
     return save_checkpoint(folder / f"{name}.safetensors", classifier, metadata)
 

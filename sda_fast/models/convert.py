@@ -6,7 +6,7 @@ nothing has to be rearranged. Keys it does not know are passed on, for the loade
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,36 +27,47 @@ def _renamed(state: Mapping[str, Tensor], rules: Sequence[tuple[str, str]]) -> S
     return result
 
 
-# What the first matching key says about a state dict, most telling first; "mm" kinds are mmpretrain's and mmcls's.
+class _Sign(NamedTuple):
+    """A key that tells a kind of model; `family` of the classifiers that are converted, `mm` for OpenMMLab's layout."""
+
+    key: str
+    kind: str
+    family: str = ""
+    mm: bool = False
+
+
 _SIGNS = (
-    ("input_blocks.0.0.weight", "an ADM"),
-    ("blocks.0.adaLN_modulation.1.weight", "a DiT"),
-    ("transformer_blocks.0.norm1.linear.weight", "a diffusers DiT"),
-    ("decoder.conv_in.weight", "a diffusers VAE"),
-    ("down_blocks.0.resnets.0.conv1.weight", "a diffusers UNet"),
-    ("backbone.layer1.0.conv1.weight", "an mmpretrain ResNet"),
-    ("backbone.stages.0.blocks.0.attn.w_msa.qkv.weight", "an mmpretrain Swin"),
-    ("backbone.stages.0.0.depthwise_conv.weight", "an mmpretrain ConvNeXt"),
-    ("layer1.0.conv1.weight", "a ResNet"),
-    ("layers.0.blocks.0.attn.qkv.weight", "a Swin"),
-    ("stages.0.blocks.0.conv_dw.weight", "a ConvNeXt"),
+    _Sign("input_blocks.0.0.weight", "an ADM"),
+    _Sign("blocks.0.adaLN_modulation.1.weight", "a DiT"),
+    _Sign("transformer_blocks.0.norm1.linear.weight", "a diffusers DiT"),
+    _Sign("decoder.conv_in.weight", "a diffusers VAE"),
+    _Sign("down_blocks.0.resnets.0.conv1.weight", "a diffusers UNet"),
+    _Sign("backbone.layer1.0.conv1.weight", "an mmpretrain ResNet", "ResNet", mm=True),
+    _Sign("backbone.stages.0.blocks.0.attn.w_msa.qkv.weight", "an mmpretrain Swin", "Swin", mm=True),
+    _Sign("backbone.stages.0.0.depthwise_conv.weight", "an mmpretrain ConvNeXt", "ConvNeXt", mm=True),
+    _Sign("layer1.0.conv1.weight", "a ResNet", "ResNet"),
+    _Sign("layers.0.blocks.0.attn.qkv.weight", "a Swin", "Swin"),
+    _Sign("stages.0.blocks.0.conv_dw.weight", "a ConvNeXt", "ConvNeXt"),
 )
+
+
+def _sign(state: Mapping[str, Tensor]) -> _Sign | None:
+    return next((sign for sign in _SIGNS if sign.key in state), None)
 
 
 def looks_like(state: Mapping[str, Tensor]) -> str:
     """What kind of model a state dict seems to hold, by its keys, with its article: "an ADM", "a diffusers VAE"..."""
-    for key, kind in _SIGNS:
-        if key in state:
-            if kind == "an ADM" and not any(name.startswith("output_blocks.") for name in state):
-                return "a noise-aware classifier of guided-diffusion"
-            return kind
+    if sign := _sign(state):
+        if sign.kind == "an ADM" and not any(name.startswith("output_blocks.") for name in state):
+            return "a noise-aware classifier of guided-diffusion"
+        return sign.kind
     if any(name.startswith("backbone.") for name in state):
         return "another mmpretrain model"
     classifier = ("model.", "fc.", "head.", "stem", "classifier.")
     return "a classifier" if any(name.startswith(classifier) for name in state) else "nothing known here"
 
 
-# Families of classifiers by (what they look like, inputs of the head, blocks of the third stage): those of the paper.
+# The paper's classifiers by family, inputs of the head and blocks of the third stage.
 _ARCHITECTURES = {
     ("ResNet", 2048, 6): "resnet50",
     ("Swin", 768, 6): "swin_tiny_patch4_window7_224",
@@ -74,10 +85,10 @@ _THIRD_STAGE = {
 
 def architecture_of(state: Mapping[str, Tensor]) -> str | None:
     """The timm name of the model that a state dict with timm's keys holds, if it is one of `ARCHITECTURES`."""
-    family = looks_like(state).split()[-1]
-    head = classifier_head(state)
-    if family not in _THIRD_STAGE or head is None:
+    sign, head = _sign(state), classifier_head(state)
+    if sign is None or not sign.family or head is None:
         return None
+    family = sign.family
     blocks = {match[1] for key in state if (match := re.match(_THIRD_STAGE[family], key))}
     return _ARCHITECTURES.get((family, head.shape[1], len(blocks)))
 
@@ -92,10 +103,10 @@ def classifier_head(state: Mapping[str, Tensor]) -> Tensor | None:
 
 def timm_from_mm(state: Mapping[str, Tensor]) -> State:
     """A classifier of mmpretrain or mmcls (ResNet, Swin or ConvNeXt) with timm's keys; others come back as they are."""
-    convert = {"ResNet": _resnet, "Swin": _swin, "ConvNeXt": _convnext}
-    kind = looks_like(state)
-    family = kind.split()[-1]
-    return convert[family](state) if "mmpretrain" in kind and family in convert else dict(state)
+    sign = _sign(state)
+    if sign is None or not sign.mm:
+        return dict(state)
+    return {"ResNet": _resnet, "Swin": _swin, "ConvNeXt": _convnext}[sign.family](state)
 
 
 def _resnet(state: Mapping[str, Tensor]) -> State:
