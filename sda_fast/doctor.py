@@ -36,6 +36,7 @@ _OPTIONAL = (
         ("scikit-image", "scikit-learn", "imagecorruptions-imaug"),
         'pip install "sda-fast[photos]"',
     ),
+    ("latent decoding", ("diffusers",), 'pip install "sda-fast[vae]"'),
 )
 
 

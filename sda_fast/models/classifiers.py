@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,11 +68,56 @@ def create_classifier(
         "input_size": input_size,
         "resize": resize,
     }
-    if not timm.is_model(architecture):
-        close = get_close_matches(architecture, timm.list_models(), 5)
-        raise SdaError(f"timm has no model named {architecture!r}; close names: {', '.join(close) or 'none'}")
+    _require_known(architecture)
     try:
         model = timm.create_model(architecture, pretrained=pretrained, num_classes=len(classes), **options)
     except TypeError as error:
         raise SdaError(f"timm's {architecture} does not take these options: {error}") from error
     return Classifier(model, classes, input_size, resize, config)
+
+
+def _require_known(architecture: str) -> None:
+    import timm
+
+    if not timm.is_model(architecture):
+        close = get_close_matches(architecture, timm.list_models(), 5)
+        raise SdaError(f"timm has no model named {architecture!r}; close names: {', '.join(close) or 'none'}")
+
+
+def classes_of(outputs: int, classes: Sequence[str] | None, source: str | Path) -> list[str]:
+    """The names of a classifier's outputs: those given, or ImageNet's WordNet identities for a thousand.
+
+    Raises SdaError, naming the `source` of the weights, if their number is another.
+    """
+    if classes is None and outputs == 1000:
+        from timm.data.imagenet_info import ImageNetInfo
+
+        return list(ImageNetInfo().label_names())
+    if classes is None or len(classes) != outputs:
+        given = "ImageNet has 1000" if classes is None else f"{len(classes)} are given"
+        raise SdaError(f"{source} tells {outputs} classes apart, {given}: give the names of its classes in order")
+    return list(classes)
+
+
+def pretrained_classifier(name: str, classes: Sequence[str] | None = None) -> Classifier:
+    """A timm model, with or without tag ("resnet50.tv_in1k"), with the weights timm publishes; fetched if need be.
+
+    Images are shown to it as its own evaluation does, the short side scaled by Pillow's bicubic. Raises SdaError for
+    an unknown name, or if there are no weights or they cannot be fetched.
+    """
+    import timm
+
+    architecture, _, _ = name.partition(".")
+    _require_known(architecture)
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # whatever the Hub's client, a socket or timm raise
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise SdaError(
+            f"timm's weights of {name} cannot be had ({reason}): connect to the network, or give a file"
+        ) from error
+    cfg: Any = model.pretrained_cfg
+    size, resize = cfg["input_size"][-1], int(cfg["input_size"][-1] / cfg["crop_pct"])
+    names = classes_of(cfg["num_classes"], classes, f"timm's {name}")
+    config = {"architecture": name, "options": {}, "classes": names, "input_size": size, "resize": resize}
+    return Classifier(model, names, size, resize, config)

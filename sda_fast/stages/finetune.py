@@ -40,7 +40,7 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune a classifier on the labelled images below `input` (`.../<class>/<file>`); returns a summary.
 
-    Writes `<output>/model.safetensors`, in the format of `model`. BatchNorm statistics move with the data, as in the
+    Writes `<output>/model.safetensors`, a file of this package. BatchNorm statistics move with the data, as in the
     original. Resumes after the last whole epoch, with the very result of a run that was not interrupted.
     Raises SdaError for unknown class folders, wrong weights and other settings than those of a run begun before.
     """
@@ -69,6 +69,7 @@ def finetune(
     images = [read_image(file.path) for file in files]
     losses = _train(classifier.to(device), images, torch.tensor(labels), recipe, seed, out, quiet)
     _, metadata = read_checkpoint(model)
+    metadata = metadata or {"kind": "classifier", "config": classifier.config}  # the file is another library's
     save_checkpoint(target, classifier.cpu(), metadata)
     (out.folder / _STATE).unlink(missing_ok=True)
     out.finish({**summary, "loss_per_epoch": losses})

@@ -8,6 +8,7 @@ from sda_fast.photos.dataset import CLASSES
 from sda_fast.stages.recipes import RECIPES
 
 COMMANDS = (
+    "checkpoints",
     "synthesize",
     "align",
     "finetune",

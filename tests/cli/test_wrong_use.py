@@ -18,7 +18,7 @@ CASES = {
     # checkpoints: missing, foreign, damaged, dangerous
     f"{ALIGN} --adm {{none}}.pt": "checkpoint {none}.pt does not exist; give a file",
     f"{ALIGN} --adm photos:none": "photos:none does not ship with this package; known are",
-    f"{ALIGN} --adm {{folder}}": "checkpoint {folder} does not exist",
+    f"{ALIGN} --adm {{folder}}": "folder {folder} holds no diffusion_pytorch_model.safetensors, neither",
     f"{ALIGN} --adm {{resnet}}": "looks like a classifier): name a preset",
     f"{ALIGN} --adm {{dit}}": "looks like a DiT): name a preset",
     f"{ALIGN} --adm {{dit}} --preset imagenet256": "is not this ADM (",

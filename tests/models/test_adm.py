@@ -19,6 +19,7 @@ MILLIONS = {
     "imagenet128_cond": 422,
     "imagenet256": 552.8,
     "imagenet256_cond": 554,
+    "imagenet512": 558,
     "imagenet512_cond": 559,
 }
 VARIANTS = {

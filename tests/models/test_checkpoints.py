@@ -1,9 +1,11 @@
 """Weights in and out, and every file that must be refused with a sentence naming it."""
 
+import argparse
 import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,14 +72,14 @@ def test_half_precision_is_stored_and_float32_comes_back(tiny, tmp_path):
 def test_missing_files(tmp_path, kind):
     with pytest.raises(SdaError, match=r"nowhere\.pt does not exist"):
         LOADERS[kind](tmp_path / "nowhere.pt")
-    with pytest.raises(SdaError, match="does not exist"):
+    with pytest.raises(SdaError, match=r"does not exist|holds no diffusion_pytorch_model"):
         LOADERS[kind](tmp_path)
 
 
 def test_other_suffixes(tmp_path):
-    path = tmp_path / "weights.bin"
+    path = tmp_path / "weights.onnx"
     path.touch()
-    with pytest.raises(SdaError, match=r"weights\.bin has suffix '\.bin'; known are \.safetensors, \.pt"):
+    with pytest.raises(SdaError, match=r"weights\.onnx has suffix '\.onnx'; known are \.safetensors, \.pt"):
         load_adm(path)
 
 
@@ -156,6 +158,65 @@ def test_the_wrong_preset(tiny, presets):
         load_adm(tiny.adm, "imagenet255")
     with pytest.raises(SdaError, match="unknown DiT preset 'dit-xl-3'; known are dit-s-2"):
         load_dit(tiny.dit, "dit-xl-3")
+
+
+def test_a_model_of_another_schedule(tiny, presets, monkeypatch):
+    monkeypatch.setitem(checkpoints.ADM_SCHEDULES, "tiny", "cosine")
+    with pytest.raises(SdaError, match="preset tiny was trained on the cosine schedule, not the linear one"):
+        load_adm(tiny.adm, "tiny")
+    assert same(load_adm(tiny.adm, "tiny", schedule="cosine"), load_adm(tiny.adm))
+    with pytest.raises(SdaError, match="preset imagenet64_cond was trained on the cosine schedule"):
+        load_adm(tiny.adm, "imagenet64_cond")
+
+
+def test_the_preset_that_fits_is_named(tiny, presets, tmp_path):
+    for kind, load in ("adm", load_adm), ("dit", load_dit):
+        torch.save(load_file(getattr(tiny, kind)), tmp_path / "unnamed.pt")
+        with pytest.raises(SdaError, match="name a preset, tiny fits"):
+            load(tmp_path / "unnamed.pt")
+    with pytest.raises(SdaError, match=r"name a preset, one of dit-s-2, .*dit-xl-2-512"):
+        load_dit(tiny.adm)
+
+
+def test_averaged_weights_come_first(tiny, presets, tmp_path):
+    dit = load_dit(tiny.dit)
+    plain = {name: torch.zeros_like(t) for name, t in dit.state_dict().items()}
+    torch.save({"model": plain, "ema": dit.state_dict(), "args": argparse.Namespace(epochs=3)}, tmp_path / "train.pt")
+    assert same(load_dit(tmp_path / "train.pt", "tiny"), dit)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_numpys_values_beside_the_weights(tmp_path, older):
+    """By the name they have in this numpy, and by that of numpy 1, under which most published files were written."""
+    meta = {"accuracy": np.float64(76.55), "curve": np.arange(3.0), "seed": np.int64(0)}
+    path = tmp_path / "mm.pth"
+    torch.save({"state_dict": {"a": torch.ones(2)}, "meta": meta}, path, _use_new_zipfile_serialization=False)
+    assert b"numpy._core.multiarray" in path.read_bytes()
+    if older:
+        path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    state, _ = checkpoints.read_checkpoint(path)
+    assert state.keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("down_blocks.0.resnets.0.conv1.weight", "a diffusers UNet"),
+        ("decoder.conv_in.weight", "a diffusers VAE"),
+        ("input_blocks.0.0.weight", "a noise-aware classifier of guided-diffusion"),
+        ("backbone.stages.0.blocks.0.attn.w_msa.qkv.weight", "an mmpretrain Swin"),
+        ("backbone.stages.0.0.depthwise_conv.weight", "an mmpretrain ConvNeXt"),
+        ("backbone.layers.0.attn.qkv.weight", "another mmpretrain model"),
+        ("layers.0.blocks.0.attn.qkv.weight", "a Swin"),
+        ("stages.0.blocks.0.conv_dw.weight", "a ConvNeXt"),
+        ("text_model.embeddings.weight", "nothing known here"),
+    ],
+)
+def test_what_a_file_looks_like(tmp_path, key, kind):
+    torch.save({key: torch.ones(1, 1)}, tmp_path / "other.pth")
+    for load in LOADERS.values():
+        with pytest.raises(SdaError, match=rf"other\.pth does not say .*it looks like {kind}\)"):
+            load(tmp_path / "other.pth")
 
 
 @pytest.mark.parametrize(
