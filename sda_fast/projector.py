@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from sda_fast.diffusion import LowPass, Schedule
-from sda_fast.diffusion.guidance import Norm, guided_step
-from sda_fast.diffusion.samplers import Draw, ReverseSteps, ancestral_step, q_sample
+from sda_fast.diffusion.guidance import Guided, Norm, finish
+from sda_fast.diffusion.samplers import Draw, ReverseSteps, q_sample
+from sda_fast.engines import Engine, GuidedStep, Precision, Step, UnguidedStep, create_engine
+from sda_fast.engines.runner import Runner
 from sda_fast.errors import SdaError
 from sda_fast.execution import Batch, Noise, batches, check_images
 from sda_fast.models.adm import ADM
+from sda_fast.ops import reverse_step
 
 
 class Projection(Protocol):
@@ -23,10 +26,36 @@ class Projection(Protocol):
     ) -> Tensor: ...
 
 
+class _Steps(ReverseSteps):
+    """The reverse steps with what the ADM is told at each of them, computed once."""
+
+    def __init__(self, adm: ADM, schedule: Schedule, start: int, device: torch.device):
+        super().__init__(schedule, start, device)
+        self._conditioning = adm.conditioning(schedule.timestep_map[:start].to(device))
+
+    def conditioning(self, position: Tensor) -> Tensor:
+        """The row of `ADM.conditioning` for a step, [1, K]."""
+        return self._conditioning.index_select(0, position[:1])
+
+    def coefficients(self, position: Tensor) -> Tensor:
+        """The row of `Schedule.step_table`, [1, 8]."""
+        return self.table.index_select(0, position[:1])
+
+
 class _Reverse:
     """What both projections share: noise the images, then take reverse steps in batches of one fixed size."""
 
-    def __init__(self, adm: ADM, schedule: Schedule, start: int, noise_index: int, batch_size: int | None, seed: int):
+    def __init__(
+        self,
+        adm: ADM,
+        step: Step,
+        schedule: Schedule,
+        start: int,
+        noise_index: int,
+        engine: str | Engine,
+        batch_size: int | None,
+        seed: int,
+    ):
         if not 1 <= start <= len(schedule):
             raise SdaError(f"start={start} is out of range: respacing {schedule.respacing!r} has {len(schedule)} steps")
         if not 0 <= noise_index < len(schedule):
@@ -38,13 +67,13 @@ class _Reverse:
             raise SdaError(f"batch_size={batch_size} is out of range: give at least 1")
         if adm.num_classes is not None:
             raise SdaError("this ADM is class-conditional; projections need an unconditional one")
-        # Frozen: a step differentiates for the image alone, and the operators serve frozen weights.
-        self.adm = adm.eval().requires_grad_(False)
+        self.adm = adm
+        self.network = Runner(step, create_engine(engine) if isinstance(engine, str) else engine)
         self.schedule, self.start, self.noise_index = schedule, start, noise_index
         self.batch_size, self.seed = batch_size, seed
 
     def _step(
-        self, steps: ReverseSteps, position: Tensor, batch: Batch, x: Tensor, guide: Tensor | None, draw: Draw
+        self, steps: _Steps, position: Tensor, batch: Batch, x: Tensor, guide: Tensor | None, draw: Draw
     ) -> Tensor:
         raise NotImplementedError  # the subclasses' one method
 
@@ -68,7 +97,7 @@ class _Reverse:
             x0 = part.take(images)
             xs.append(q_sample(self.schedule, self.noise_index, x0, source.first(part, x0)))
             guides.append(self._guide(x0))
-        steps = ReverseSteps(self.schedule, self.start, images.device)
+        steps = _Steps(self.adm, self.schedule, self.start, images.device)
         for k, position in enumerate(steps, 1):
             for j, part in enumerate(parts):
                 xs[j] = self._step(steps, position, part, xs[j], guides[j], source.draw(part, k))
@@ -114,15 +143,11 @@ class Projector(_Reverse):
         scale: float = 6.0,
         norm: Norm = "image",
         norm_group: int = 10,
-        engine: str = "eager",
-        precision: str = "fp32",
+        engine: str | Engine = "eager",
+        precision: Precision = "fp32",
         batch_size: int | None = None,
         seed: int = 0,
     ):
-        if engine != "eager":
-            raise SdaError(f'engine {engine!r} is not known; this version has "eager"')
-        if precision != "fp32":
-            raise SdaError(f'precision {precision!r} is not known to the eager engine; it has "fp32"')
         if norm not in ("image", "batch"):
             raise SdaError(f'norm {norm!r} is not known; choose "image" or "batch"')
         if not 0 <= scale < math.inf:
@@ -133,30 +158,20 @@ class Projector(_Reverse):
             raise SdaError(
                 f'batch_size={batch_size} would cut a norm group of {norm_group}: norm="batch" takes multiples of it'
             )
-        super().__init__(adm, Schedule.linear(respacing), start, start, batch_size, seed)
         self.lowpass = LowPass(adm.image_size, factor)
+        step = GuidedStep(adm, self.lowpass, precision)
+        super().__init__(adm, step, Schedule.linear(respacing), start, start, engine, batch_size, seed)
         self.scale, self.norm, self.norm_group = scale, norm, norm_group
 
     def _guide(self, images: Tensor) -> Tensor:
         return self.lowpass.down(images)
 
     def _step(
-        self, steps: ReverseSteps, position: Tensor, batch: Batch, x: Tensor, guide: Tensor | None, draw: Draw
+        self, steps: _Steps, position: Tensor, batch: Batch, x: Tensor, guide: Tensor | None, draw: Draw
     ) -> Tensor:
         assert guide is not None
-        return guided_step(
-            self.adm,
-            self.lowpass,
-            steps,
-            position,
-            x,
-            guide,
-            draw,
-            self.scale,
-            self.norm,
-            self.norm_group,
-            batch.real,
-        )
+        terms = Guided(*self.network(x, steps.conditioning(position), steps.coefficients(position), guide))
+        return finish(x, terms, steps, position, draw, self.scale, self.norm, self.norm_group, batch.real)
 
 
 class Purifier(_Reverse):
@@ -171,12 +186,16 @@ class Purifier(_Reverse):
         adm: ADM,
         start: int = 150,
         respacing: str = "1000",
+        engine: str | Engine = "eager",
+        precision: Precision = "fp32",
         batch_size: int | None = None,
         seed: int = 0,
     ):
-        super().__init__(adm, Schedule.linear(respacing), start, start - 1, batch_size, seed)
+        step = UnguidedStep(adm, precision)
+        super().__init__(adm, step, Schedule.linear(respacing), start, start - 1, engine, batch_size, seed)
 
     def _step(
-        self, steps: ReverseSteps, position: Tensor, batch: Batch, x: Tensor, guide: Tensor | None, draw: Draw
+        self, steps: _Steps, position: Tensor, batch: Batch, x: Tensor, guide: Tensor | None, draw: Draw
     ) -> Tensor:
-        return ancestral_step(self.adm, steps, position, x, draw, clip=True)
+        (out,) = self.network(x, steps.conditioning(position))
+        return reverse_step(x, out, steps.table, position, clip=True, **draw)

@@ -1,0 +1,31 @@
+"""A step on an engine, whatever the batch: programs are prepared when they are first needed, and kept."""
+
+from typing import Any
+
+from torch import Tensor
+
+from sda_fast.engines.base import Engine, Program
+from sda_fast.engines.steps import Step
+
+
+class Runner:
+    """Call it like the step; the first call with another number of images or on another device may take minutes."""
+
+    def __init__(self, step: Step, engine: Engine):
+        self.step, self.engine = step, engine
+        self._programs: dict[tuple[Any, ...], Program] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        key = (inputs[0].device, *(x.shape for x in inputs))
+        if key not in self._programs:
+            self._programs[key] = self.engine.prepare(self.step, inputs)
+        return self._programs[key].run(*inputs)
+
+    def forget(self) -> None:
+        """Drop the programs and what memory they hold."""
+        self._programs.clear()
+
+    def describe(self) -> dict[str, Any]:
+        """Of the latest program; the engine's name alone before the first call."""
+        *_, last = [None, *self._programs.values()]
+        return {"engine": self.engine.name} if last is None else last.describe()
