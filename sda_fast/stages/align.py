@@ -3,20 +3,23 @@
 The same stage aligns the synthetic images of SDA's first half and projects the target images of its second.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from sda_fast.data import (
+    Decoder,
+    DiffusionCrop,
     ImageFile,
-    center_crop,
+    Prefetcher,
+    find_images,
     identity,
     list_images,
-    read_image,
+    make_reader,
+    reading_threads,
+    shown,
     to_uint8,
     to_unit,
     write_png,
@@ -26,6 +29,7 @@ from sda_fast.errors import SdaError
 from sda_fast.models import load_adm
 from sda_fast.projector import Projection, Projector, Purifier
 from sda_fast.stages.batches import Work, plan, run_batches
+from sda_fast.stages.failures import Failures, report_listing, write_failures
 from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
 
 
@@ -35,7 +39,7 @@ class AlignSettings:
 
     projection: "dda" (low-pass guidance) or "diffpure" (none, ancestral). respacing and start default to the
     published "100" and 50 for dda, "1000" and 150 for diffpure. batch_size is the execution batch: it changes
-    last bits only. The other names are those of `Projector`.
+    last bits only. decoder: how images are read, see `sda_fast.data.readers`. The other names are those of `Projector`.
     """
 
     projection: Literal["dda", "diffpure"] = "dda"
@@ -49,6 +53,7 @@ class AlignSettings:
     precision: str = "fp32"
     batch_size: int = 10
     seed: int = 0
+    decoder: Decoder = "pillow"
 
     def resolved(self) -> "AlignSettings":
         """The same with respacing and start filled in. Raises SdaError for an unknown projection."""
@@ -103,12 +108,18 @@ def align(
 
     Images are cut to the ADM's size as guided-diffusion crops. An image's result depends on its path, its pixels
     and the settings alone (with norm="batch" also on the others of its group, consecutive in the sorted list).
-    Resumes where an earlier run stopped. Raises SdaError for wrong folders, files, weights and settings.
+    Resumes where an earlier run stopped. What cannot be read is left out and stands in `<output>/failures.json`, with
+    norm="batch" together with its group; a later call tries it again.
+
+    Raises SdaError for wrong folders, weights and settings.
     """
     settings = (settings or AlignSettings()).resolved()
-    files = list_images(input)
+    grouped = settings.projection == "dda" and settings.norm == "batch"
+    # An image that is not listed would shift all groups after it: then nothing may be wrong with the folder.
+    files, listed = (list_images(input), {}) if grouped else find_images(input)
     model = load_adm(adm, preset)
     make_projection(model, settings)  # wrong settings must fail before the folder is made
+    make_reader(settings.decoder, DiffusionCrop(model.image_size))
     if Path(output).resolve().is_relative_to(Path(input).resolve()):
         raise SdaError(f"--output {output} lies in --input {input}: a second call would project projections; move it")
     origin = {"input": str(Path(input).resolve()), "input_made_with": made_with(input)}
@@ -117,22 +128,26 @@ def align(
     del model  # every worker loads its own
     out = open_output(output, "align", recorded)
 
-    size = settings.norm_group if settings.projection == "dda" and settings.norm == "batch" else 1
+    size = settings.norm_group if grouped else 1
     groups = [[file.key for file in files[i : i + size]] for i in range(0, len(files), size)]
     todo = plan(groups, out.done, settings.batch_size)
     by_key = {file.key: file for file in files}
-    run_batches(
+    group_of = {key: group for group in groups for key in group} if grouped else {}
+    # A worker among several cannot know its next batch; while it reads, the others compute.
+    foreseen = todo if workers == 1 else []
+    failures = report_listing(listed) | run_batches(
         todo,
         _make_work,
-        (adm, preset, settings, device, out, by_key),
+        (adm, preset, settings, device, out, by_key, group_of, foreseen, reading_threads(max(1, workers))),
         label=f"{settings.projection} projection",
         total=len(files),
         workers=workers,
         quiet=quiet,
     )
-    summary = {"images": len(files), "projected": sum(len(b) for b in todo), "output": str(output)}
-    out.finish({"images": len(files)})
-    return summary
+    write_failures(out.folder, failures)
+    done = sum(file.name not in failures for batch in todo for file in map(by_key.__getitem__, batch))
+    out.finish({"images": len(files), "failed": len(failures)})
+    return {"images": len(files), "projected": done, "failed": len(failures), "output": str(output)}
 
 
 def _make_work(
@@ -142,20 +157,34 @@ def _make_work(
     device: str,
     out: Output,
     files: dict[str, ImageFile],
+    group_of: dict[str, list[str]],
+    foreseen: list[list[str]],
+    threads: int,
 ) -> Work:
     model = load_adm(adm, preset).to(device)
     project = make_projection(model, settings)
+    reader = make_reader(settings.decoder, DiffusionCrop(model.image_size), threads)
+    read = Prefetcher(lambda keys: reader([files[key] for key in keys]), foreseen)
 
-    def work(keys: list[str]) -> None:
-        images = read_batch([files[key] for key in keys], model.image_size).to(device)
-        seeds = [identity("align", files[key].name) for key in keys]
-        for key, array in zip(keys, to_uint8(project(images, seeds=seeds), "round"), strict=True):
-            if not out.done(key):
-                write_png(array, out.path(key))
+    def work(keys: list[str]) -> Failures:
+        cropped = dict(zip(keys, read(keys), strict=True))
+        unreadable = {key: str(image) for key, image in cropped.items() if isinstance(image, SdaError)}
+        reasons = {key: reason for key in keys if (reason := _reason(key, unreadable, group_of))}
+        arrays = {key: a for key, a in cropped.items() if key not in reasons and not isinstance(a, SdaError)}
+        if arrays:
+            images = to_unit(np.stack(list(arrays.values()))).to(device)
+            seeds = [identity("align", files[key].name) for key in arrays]
+            for key, array in zip(arrays, to_uint8(project(images, seeds=seeds), "round"), strict=True):
+                if not out.done(key):
+                    write_png(array, out.path(key))
+        return {files[key].name: reason for key, reason in reasons.items() if not out.done(key)}
 
     return work
 
 
-def read_batch(files: Sequence[ImageFile], size: int) -> torch.Tensor:
-    """Images read and cut to size x size: float32 [N, 3, size, size] in [-1, 1]."""
-    return to_unit(np.stack([center_crop(read_image(file.path), size) for file in files]))
+def _reason(key: str, unreadable: dict[str, str], group_of: dict[str, list[str]]) -> str | None:
+    """Why an image is left out: it cannot be read, or another of its group cannot, and they have one norm."""
+    if key in unreadable:
+        return unreadable[key]
+    others = [other for other in group_of.get(key, ()) if other in unreadable]
+    return f"{shown(key)} is of one norm group with {shown(others[0])}: {unreadable[others[0]]}" if others else None
