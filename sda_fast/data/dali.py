@@ -1,5 +1,6 @@
 """The reader that decodes with NVIDIA DALI, an optional package."""
 
+import importlib
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,7 +77,7 @@ def _read_jpeg(file: ImageFile) -> bytes | None:
 
 def _make_pipeline(threads: int, gpu: bool) -> Any:
     try:
-        from nvidia import dali
+        dali: Any = importlib.import_module("nvidia.dali")
     except ImportError as error:
         command = 'pip install "sda-fast[dali]"'
         raise SdaError(f"decoder dali needs NVIDIA DALI, which cannot be imported ({error}): {command}") from error
@@ -84,7 +85,7 @@ def _make_pipeline(threads: int, gpu: bool) -> Any:
         raise SdaError('decoder "dali-gpu" needs an NVIDIA GPU, and torch finds none: use "dali" or "pillow"')
 
     fn, types = dali.fn, dali.types
-    device = torch.cuda.current_device() if gpu else types.CPU_ONLY_DEVICE_ID
+    device = torch.cuda.current_device() if gpu else None
 
     @dali.pipeline_def(batch_size=_BATCH, num_threads=threads, device_id=device, prefetch_queue_depth=1)
     def decoding() -> Any:

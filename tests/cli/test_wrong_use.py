@@ -54,7 +54,7 @@ CASES = {
     f"{EVALUATE} -i {{dogs}}": "the folder dog of {dogs}/dog/1.png is none of the 3 classes (",
     f"{EVALUATE} -i {{empty}}": "--input {empty} holds no image",
     f"{EVALUATE} --projection dda={{none}}": "--projection dda= {none} does not exist",
-    f"{EVALUATE} --projection dda={{dogs}} -i {{other}}": "images (cow/3.png) have no projection: align them first",
+    f"{EVALUATE} --projection dda={{dogs}} -i {{other}}": " (cow/3.png) have no projection: align them first",
     "photos -o {text}.pt --per-class 1 --corruption fog": "--output {text}.pt cannot be used (",
     "train-photos -o {text}.pt --steps 1": "--output {text}.pt cannot be used (",
     "demo -o {text}.pt --per-class 1": "--output {text}.pt/target cannot be used (",

@@ -211,7 +211,6 @@ def test_published_settings_are_filled_in(kind, respacing, start):
         ({"norm": "batch", "norm_group": 2}, 'norm = "image", this run has norm = "batch"'),
         ({"norm_group": 4}, "norm_group = 10, this run has norm_group = 4"),
         ({"batch_size": 5}, "batch_size = 4, this run has batch_size = 5"),
-        ({"decoder": "dali"}, 'decoder = "pillow", this run has decoder = "dali"'),
         ({"seed": 1}, "seed = 0, this run has seed = 1"),
         ({"projection": "diffpure"}, 'projection = "dda", this run has projection = "diffpure"'),
     ],
