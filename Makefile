@@ -14,7 +14,7 @@ DEVICE ?= cuda
 TINY ?=
 PARTS_ops := ops-test ops-bench ops-sanitize
 PARTS_data := data_layer-test data-bench
-PARTS_all := all-test projection-bench data-bench ops-bench ops-sanitize
+PARTS_all := all-test projection-bench ops-bench ops-sanitize
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint bench gpu gpu-install gpu-projection-bench gpu-ops-bench gpu-ops-sanitize clean

@@ -20,7 +20,7 @@ from sda_fast.data.images import (
 from sda_fast.data.prefetch import Prefetcher
 from sda_fast.data.quantize import to_uint8, to_unit
 from sda_fast.data.readers import DECODERS, Decoder, make_reader, reading_threads
-from sda_fast.data.watermark import watermark
+from sda_fast.data.watermarks import watermark
 
 __all__ = [
     "CORRUPTIONS",
