@@ -264,6 +264,33 @@ def test_workers_report_what_they_cannot_read(tmp_path, tiny, cli, write_images)
     assert read_failures(tmp_path / "out").keys() == {"ant/0.png", "ant/3.png"}
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_run_goes_through_and_reports_when_nothing_is_missing(tmp_path, tiny, cli, write_images):
+    names = [f"{group}/{label}/{i}.png" for group in ("clean", "fog/3") for label in ("ant", "cow") for i in (1, 2)]
+    torn = write_images(tmp_path / "target", names) / names[-1]
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:40])
+    (tmp_path / "run.toml").write_text(f"""
+        output = "{tmp_path / "out"}"
+        target = "{tmp_path / "target"}"
+        adm = "{tiny.adm}"
+        dit = "{tiny.dit}"
+        classifiers = {{resnet = "{tiny.resnet}"}}
+        align = {{respacing = "10", start = 1}}
+        evaluate = {{methods = ["source", "dda"], resize = false}}
+        """)
+    said = cli("run", tmp_path / "run.toml", "--json")
+    assert said.code == 3
+    assert [row["images"] for row in json.loads(said.out)["rows"]] == [4, 4, 3, 3]
+    assert said.err.count("all is done but 1 file of the input (fog/3/cow/2.png)") == 2  # projecting and evaluating
+    assert not (tmp_path / "out" / "report.html").exists()
+    torn.write_bytes(whole)
+    said = cli("run", tmp_path / "run.toml", "--json")
+    assert said.code == 0
+    assert [row["images"] for row in json.loads(said.out)["rows"]] == [4, 4, 4, 4]
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 def test_finetuning_names_all_that_it_cannot_read(tmp_path, tiny, cli, write_images):
     images = write_images(tmp_path / "images", [f"ant/{i}.png" for i in range(4)])
     for i in (0, 2, 3):
