@@ -114,10 +114,11 @@ def _walk(root: Path, folder: str, ancestors: tuple[tuple[int, int], ...], failu
         if entry.name.startswith("."):
             continue
         name = folder + entry.name
-        # isdir says no to a link that points at itself, where DirEntry.is_dir would raise
-        if os.path.isdir(entry.path):
+        # Only links cost a call. isdir says no to one that points at itself, where DirEntry.is_dir would raise.
+        link = entry.is_symlink()
+        if os.path.isdir(entry.path) if link else entry.is_dir():
             yield from _walk(root, f"{name}/", (*ancestors, inode), failures)
-        elif os.path.isfile(entry.path) or not os.path.exists(entry.path):
+        elif (os.path.isfile(entry.path) or not os.path.exists(entry.path)) if link else entry.is_file():
             yield name
         elif _without_suffix(name) != name:  # reading a pipe would wait for ever
             failures[name] = "is no regular file: remove it"
