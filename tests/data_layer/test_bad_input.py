@@ -145,6 +145,23 @@ def quick(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
+def test_strange_files_are_read_as_pillows_users_expect(tmp_path):
+    first, second = (np.asarray(picture(seed=i)).astype(int) for i in (0, 1))
+    for name, data in strange().items():
+        (tmp_path / name).write_bytes(data)
+        array = read_image(tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            if name.startswith("sixteen"):
+                expected = np.stack([np.asarray(image) >> 8] * 3, axis=-1)
+            else:
+                expected = np.array(image.convert("RGB"))
+        np.testing.assert_array_equal(array, expected, err_msg=name)
+        if name.startswith("animated"):
+            assert np.abs(array - first).mean() < np.abs(array - second).mean() / 4
+        if name == "turned.jpg":
+            assert array.shape == (30, 40, 3)
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("decoder", ["pillow", "dali"])
 def test_every_bad_file_is_named_and_the_rest_is_done(tmp_path, corpus, tiny, cli, decoder):
