@@ -13,6 +13,7 @@ OUT ?= build/gpu
 DEVICE ?= cuda
 TINY ?=
 PARTS_ops := ops-test ops-bench ops-sanitize
+PARTS_data := data_layer-test data-bench
 PARTS_all := all-test projection-bench ops-bench ops-sanitize
 
 .DEFAULT_GOAL := help
@@ -23,7 +24,7 @@ help:
 	@echo "make test   all tests that need no GPU"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  cost of a projected patch and of every operator on this CPU; rows and plots in build/bench"
-	@echo "make gpu    [PART=ops|ops-test|ops-bench|ops-sanitize|all] [OUT=folder] tests and benchmarks on this machine's GPU"
+	@echo "make gpu    [PART=ops|ops-test|ops-bench|ops-sanitize|data|all] [OUT=folder] tests and benchmarks on this machine's GPU"
 	@echo "make venv   only set up .venv (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean  remove what was built"
 
@@ -78,6 +79,9 @@ gpu-%-test:
 
 gpu-projection-bench:
 	$(PYTHON) -P -m sda_fast bench --preset photos --device $(DEVICE) $(if $(TINY),--images 1 --repeats 1) --json > $(OUT)/bench.json
+
+gpu-data-bench:
+	$(PYTHON) benchmarks/decode.py --device $(DEVICE) $(if $(TINY),--images 32 --repeats 1) --output $(OUT)
 
 gpu-ops-bench:
 	@$(call run_benchmarks,$(PYTHON),--device $(DEVICE) $(if $(TINY),--tiny) --output $(OUT))

@@ -30,6 +30,7 @@ def diagnose() -> list[dict[str, Any]]:
 
 # By distribution, not by module: the older imagecorruptions has the module of the one we need.
 _OPTIONAL = (
+    ("DALI reader", ("nvidia-dali-cuda130",), 'pip install "sda-fast[dali]"'),
     ("Triton kernels", ("triton",), "pip install triton"),
     (
         "photographs testbed",

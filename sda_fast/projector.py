@@ -1,6 +1,7 @@
 """Projections onto the diffusion model's own domain: DDA's guided one (also SDA's) and DiffPure's plain one."""
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from sda_fast.diffusion import LowPass, Schedule
 from sda_fast.diffusion.guidance import Guided, Norm, finish
 from sda_fast.diffusion.samplers import Draw, ReverseSteps, q_sample
 from sda_fast.engines import Engine, GuidedStep, Precision, Step, UnguidedStep, create_engine
+from sda_fast.engines.batch_size import is_out_of_memory
 from sda_fast.engines.runner import Runner
 from sda_fast.errors import SdaError
 from sda_fast.execution import Batch, Noise, batches, check_images
@@ -77,6 +79,24 @@ class _Reverse:
     ) -> Tensor:
         raise NotImplementedError  # the subclasses' one method
 
+    def _take_smaller_batches(self, images: int, error: Exception) -> None:
+        size = min(self.batch_size or images, images)
+        smaller = size // 2 - size // 2 % self.batch_unit
+        if not smaller:
+            raise SdaError(
+                f"there is not enough memory for {size} image{'s' * (size > 1)} at a time: use a lower precision, or a "
+                "device with more memory"
+            ) from error
+        self.network.forget()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.batch_size = smaller
+
+    @property
+    def batch_unit(self) -> int:
+        """What the batch must be a multiple of."""
+        return 1
+
     def _guide(self, images: Tensor) -> Tensor | None:
         """What the steps of a batch look at of its images, computed once."""
         return None
@@ -110,12 +130,16 @@ class _Reverse:
 
         seeds: one integer per image, its identity in the counter-based noise (default 0, 1, ...). noise: explicit
         standard normal noise [start + 1, N, 3, H, W] instead; [0] noises the image, [k] is of reverse step k.
+        Where memory runs out, `batch_size` is halved, for good, and the images are begun again.
         Raises SdaError for images of another shape, integer or non-finite ones, and noise or seeds that do not fit.
         """
-        x = images
-        for x in self.steps(images, noise, seeds):  # noqa: B007  (the last one is the result)
-            pass
-        return x
+        while True:
+            try:
+                return deque(self.steps(images, noise, seeds), maxlen=1).pop()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._take_smaller_batches(len(images), error)
 
 
 class Projector(_Reverse):
@@ -162,6 +186,10 @@ class Projector(_Reverse):
         step = GuidedStep(adm, self.lowpass, precision)
         super().__init__(adm, step, Schedule.linear(respacing), start, start, engine, batch_size, seed)
         self.scale, self.norm, self.norm_group = scale, norm, norm_group
+
+    @property
+    def batch_unit(self) -> int:
+        return self.norm_group if self.norm == "batch" else 1
 
     def _guide(self, images: Tensor) -> Tensor:
         return self.lowpass.down(images)

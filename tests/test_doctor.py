@@ -38,6 +38,7 @@ def test_what_works_here():
     ("part", "distribution", "command"),
     [
         ("Triton kernels", "triton", "pip install triton"),
+        ("DALI reader", "nvidia-dali-cuda130", 'pip install "sda-fast[dali]"'),
         ("photographs testbed", "scikit-learn", 'pip install "sda-fast[photos]"'),
         ("photographs testbed", "imagecorruptions-imaug", 'pip install "sda-fast[photos]"'),
     ],

@@ -4,6 +4,7 @@ import json
 import sys
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+INCOMPLETE = 3
 INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -46,17 +48,29 @@ def say(result: Mapping[str, Any], as_json: bool, text: str) -> None:
     typer.echo(json.dumps(result, indent=2) if as_json else text)
 
 
+def end(*folders: str | Path) -> None:
+    """End a command: with exit code 3 and a sentence for each folder whose stage had to leave files out."""
+    from sda_fast.stages.failures import read_failures, sentence
+
+    failed = {folder: failures for folder in folders if (failures := read_failures(folder))}
+    for folder, failures in failed.items():
+        print(f"sda-fast: {sentence(folder, failures)}.", file=sys.stderr)
+    if failed:
+        raise typer.Exit(INCOMPLETE)
+
+
 def run() -> None:
-    """Run the application: a user's mistake is one sentence and exit code 2, an interruption exit code 130."""
+    """Run the application. Exit code 2: a user's mistake, in one sentence; 3: files were left out; 130: interrupted."""
     import sda_fast.cli.checkpoints
-    import sda_fast.cli.commands  # noqa: F401  (both register their commands)
+    import sda_fast.cli.commands
+    import sda_fast.cli.corrupt  # noqa: F401  (all register commands)
 
     try:
         app()
     except SdaError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        text = str(error)
+        text = " ".join(str(error).splitlines())
         print(f"sda-fast: {text if text.endswith('.') else text + '.'}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:

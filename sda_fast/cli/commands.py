@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sda_fast.cli.app import Json, app, say
+from sda_fast.cli.app import Json, app, end, say
 from sda_fast.errors import SdaError
 
 Input = Annotated[Path, typer.Option("--input", "-i", help="Folder of images.")]
@@ -15,6 +15,7 @@ Device = Annotated[str, typer.Option(help='Torch device, such as "cpu" or "cuda"
 Workers = Annotated[int, typer.Option(help="Processes, of one CPU thread each; results do not depend on it.")]
 Seed = Annotated[int, typer.Option(min=0, help="Key of all noise.")]
 BatchSize = Annotated[int, typer.Option(help="Images per network pass; changes last bits only.")]
+Decoder = Annotated[str, typer.Option(help="pillow (published pixels), dali or dali-gpu (JPEGs by NVIDIA DALI).")]
 Preset = Annotated[str | None, typer.Option(help="How published weights are built, such as imagenet256.")]
 _CORES = os.cpu_count() or 1
 
@@ -82,6 +83,7 @@ def align(
     engine: Annotated[str, typer.Option(help="How the network runs: eager.")] = "eager",
     precision: Annotated[str, typer.Option(help="fp32.")] = "fp32",
     batch_size: BatchSize = 10,
+    decoder: Decoder = "pillow",
     seed: Seed = 0,
     preset: Preset = None,
     device: Device = "cpu",
@@ -105,6 +107,7 @@ def align(
         "engine": engine,
         "precision": precision,
         "batch_size": batch_size,
+        "decoder": decoder,
         "seed": seed,
     }
     given = {name: value for name, value in values.items() if value is not None}
@@ -113,6 +116,7 @@ def align(
         input, output, weights_path(adm), settings, preset=preset, device=_check_device(device), workers=workers
     )
     say(result, as_json, f"{result['images']} images in {output} ({result['projected']} projected now).")
+    end(output)
 
 
 @app.command()
@@ -145,6 +149,10 @@ def evaluate(
     method: Annotated[list[str] | None, typer.Option(help="Method to score [all that can be]; repeatable.")] = None,
     ensemble: Annotated[str, typer.Option(help="How original and projection are combined.")] = "sum",
     batch_size: BatchSize = 64,
+    decoder: Decoder = "pillow",
+    resize: Annotated[
+        bool, typer.Option(help="Enlarge as published (256, then a crop of 224), or go straight to the crop.")
+    ] = True,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -163,9 +171,12 @@ def evaluate(
         method or None,
         mode=ensemble,
         batch_size=batch_size,
+        decoder=decoder,
+        resize=resize,
         device=_check_device(device),
     )
-    say({"rows": rows}, as_json, "" if as_json else to_text(accuracy_table(rows, layout="tall")))
+    say({"rows": rows}, as_json, to_text(accuracy_table(rows, layout="tall")) if rows and not as_json else "")
+    end(output)
 
 
 def _kind_and_folder(item: str) -> tuple[str, Path]:
@@ -188,6 +199,9 @@ def run(
     settings = read_config(config)
     _check_device(settings.device)
     result = pipeline(settings, log=_announce)
+    if result["failures"]:  # the report compares methods on the same images under every corruption
+        say({"rows": result["rows"], "files": {}}, as_json, "No report yet: some images are missing.")
+        end(*result["failures"])
     text, files = write_run_report(settings.output, result, command=f"sda-fast run {config}")
     say({"rows": result["rows"], "files": files}, as_json, text + "\n\n" + _listing(files))
 

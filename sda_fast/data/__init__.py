@@ -4,33 +4,48 @@ Everything here works on uint8 arrays of shape [H, W, 3] in RGB order; `to_unit`
 passage to the float tensors in [-1, 1] that the models see.
 """
 
+from sda_fast.data.classes import imagenet_classes, label_indices, read_classes
 from sda_fast.data.corruptions import CORRUPTIONS, corrupt
-from sda_fast.data.crops import center_crop, resize_short_side
+from sda_fast.data.crops import DiffusionCrop, EvaluationCrop, center_crop, resize_short_side
 from sda_fast.data.images import (
     ImageFile,
+    find_images,
     identity,
-    label_indices,
     list_images,
     pair,
-    read_classes,
     read_image,
+    shown,
     write_png,
 )
+from sda_fast.data.prefetch import Prefetcher
 from sda_fast.data.quantize import to_uint8, to_unit
+from sda_fast.data.readers import DECODERS, Decoder, make_reader, reading_threads
+from sda_fast.data.watermarks import watermark
 
 __all__ = [
     "CORRUPTIONS",
+    "DECODERS",
+    "Decoder",
+    "DiffusionCrop",
+    "EvaluationCrop",
     "ImageFile",
+    "Prefetcher",
     "center_crop",
     "corrupt",
+    "find_images",
     "identity",
+    "imagenet_classes",
     "label_indices",
     "list_images",
+    "make_reader",
     "pair",
     "read_classes",
     "read_image",
+    "reading_threads",
     "resize_short_side",
+    "shown",
     "to_uint8",
     "to_unit",
+    "watermark",
     "write_png",
 ]

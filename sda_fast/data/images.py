@@ -7,9 +7,8 @@ synthetic images are matched by key, classes by folder name; nothing is ever mat
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from sda_fast.errors import SdaError
 from sda_fast.files import write_bytes
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
 def _without_suffix(name: str) -> str:
@@ -49,14 +48,30 @@ class ImageFile:
 
 
 def list_images(root: str | Path, option: str = "--input") -> list[ImageFile]:
-    """Every image below `root`, sorted by name.
+    """Every image below `root`, sorted by name, as `find_images` lists them; nothing may be wrong with the folder.
+
+    Raises SdaError where `find_images` does, and for the first thing that it would report.
+    """
+    files, failures = find_images(root, option)
+    if failures:
+        name, reason = next(iter(failures.items()))
+        raise SdaError(f"{option} {root} holds {shown(name)}, which {reason}.")
+    return files
+
+
+def find_images(root: str | Path, option: str = "--input") -> tuple[list[ImageFile], dict[str, str]]:
+    """Every image below `root` that can be told from the others, sorted by name; and by name, what is wrong elsewhere.
 
     Images are told by their suffix; hidden files and folders are left out, which includes the temporary files
     of writers at work. Links to folders are followed, except back into a folder that contains them. A link
     that leads nowhere is listed, so that `read_image` reports it by name instead of it missing silently.
 
+    Reported, with the end of a sentence that begins with the name ("cannot be listed (...): check its rights"):
+    images that differ in their suffix alone, since their outputs would collide; folders that are empty or cannot be
+    listed (these names end in a slash); devices and pipes.
+
     `option` is what the error messages call the folder. Raises SdaError if the folder does not exist, cannot
-    be read or holds no image, and if two images differ in their suffix alone: their outputs would collide.
+    be read or holds no image at all.
     """
     root = Path(root)
     if not root.exists():
@@ -64,45 +79,64 @@ def list_images(root: str | Path, option: str = "--input") -> list[ImageFile]:
     if not root.is_dir():
         raise SdaError(f"{option} {root} is a file: give the folder that holds the images.")
 
-    names = sorted(_walk(root, "", ()))
-    files = [ImageFile(root, name) for name in names if _without_suffix(name) != name]
-    if not files:
-        found = f"{len(names)} other files such as {names[0]}" if names else "no files at all"
+    failures: dict[str, str] = {}
+    names = sorted(_walk(root, "", (), failures))
+    if "" in failures:
+        raise SdaError(f"{option} {root} {failures['']}.")
+    images = [ImageFile(root, name) for name in names if _without_suffix(name) != name]
+    if not images:
+        found = f"{len(names)} other files such as {shown(names[0])}" if names else "no files at all"
         raise SdaError(f"{option} {root} holds no image ({', '.join(SUFFIXES)}) but {found}: check the path.")
-    by_key: dict[str, ImageFile] = {}
-    for file in files:
-        if (first := by_key.setdefault(file.key, file)) is not file:
-            both = f"{first.name} and {file.name}"
-            raise SdaError(f"{option} {root} holds {both}, whose outputs would collide: rename one.")
-    return files
+    by_key: dict[str, list[ImageFile]] = {}
+    for file in images:
+        by_key.setdefault(file.key, []).append(file)
+    for twins in by_key.values():
+        for file in twins if len(twins) > 1 else ():
+            other = next(twin for twin in twins if twin is not file)
+            failures[file.name] = f"differs from {shown(other.name)} in its suffix alone: rename one"
+    return [file for file in images if file.name not in failures], failures
 
 
-def _walk(root: Path, folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _walk(root: Path, folder: str, ancestors: tuple[tuple[int, int], ...], failures: dict[str, str]) -> Iterator[str]:
     """Names, relative to `root`, of all visible files below `folder` ("" or ending in a slash)."""
     try:
         status = os.stat(root / folder)
         entries = list(os.scandir(root / folder))
     except OSError as error:
-        raise SdaError(f"{root / folder} cannot be read ({error.strerror}): check its rights.") from error
+        failures[folder] = f"cannot be listed ({error.strerror}): check its rights"
+        return
     inode = (status.st_dev, status.st_ino)
     if inode in ancestors:
         return
+    if folder and not entries:
+        failures[folder] = "is an empty folder: fill or remove it"
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        # isdir says no to a link that points at itself, where DirEntry.is_dir would raise
+        name = folder + entry.name
+        # Only links cost a call. isdir says no to one that points at itself, where DirEntry.is_dir would raise.
         link = entry.is_symlink()
         if os.path.isdir(entry.path) if link else entry.is_dir():
-            yield from _walk(root, f"{folder}{entry.name}/", (*ancestors, inode))
-        elif link or entry.is_file():
-            yield folder + entry.name
+            yield from _walk(root, f"{name}/", (*ancestors, inode), failures)
+        elif (os.path.isfile(entry.path) or not os.path.exists(entry.path)) if link else entry.is_file():
+            yield name
+        elif _without_suffix(name) != name:  # reading a pipe would wait for ever
+            failures[name] = "is no regular file: remove it"
+
+
+def shown(name: str) -> str:
+    """A file's name for a message: on one line, with line breaks and bytes that are no text escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def read_image(path: str | Path) -> np.ndarray:
     """An image as uint8 [H, W, 3], RGB, converted as Pillow's `convert("RGB")` does.
 
-    Grey images of 16 bits keep their upper 8, as Pillow does for colour; it would clip grey to white. Raises
-    SdaError, naming the file, if it is missing, unreadable, no image, damaged, cut short, larger than Pillow
+    As Pillow's users expect: transparency is dropped, of an animation the first frame is taken, and the rotation that
+    a camera noted in EXIF is not applied. Grey images of 16 bits keep their upper 8, as Pillow does for colour; it
+    would clip grey to white.
+
+    Raises SdaError, naming the file, if it is missing, unreadable, no image, damaged, cut short, larger than Pillow
     deems safe, or of a pixel format without a defined range.
     """
     try:
@@ -113,9 +147,12 @@ def read_image(path: str | Path) -> np.ndarray:
                 return np.stack([(np.asarray(image) >> 8).astype(np.uint8)] * 3, axis=-1)
             return np.array(image.convert("RGB"))
     except UnidentifiedImageError as error:
-        raise SdaError(f"{path} is not an image, whatever its suffix says: replace or remove it.") from error
+        raise SdaError(
+            f"{shown(str(path))} is not an image, whatever its suffix says: replace or remove it."
+        ) from error
     except Exception as error:  # a damaged file can lead a decoder to raise nearly anything
-        raise SdaError(f"{path} cannot be read ({error}): replace or remove it.") from error
+        reason = " ".join(shown(str(error)).split()) or type(error).__name__
+        raise SdaError(f"{shown(str(path))} cannot be read ({reason}): replace or remove it.") from error
 
 
 def identity(purpose: str, name: str) -> int:
@@ -131,49 +168,6 @@ def identity(purpose: str, name: str) -> int:
         name = key
     digest = hashlib.sha256(f"{purpose}\0{name}".encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def read_classes(path: str | Path) -> list[str]:
-    """The class names in a text file, one per line, in the classifier's order; blank lines are skipped.
-
-    Raises SdaError if the file is missing, is no text, holds no name or holds one twice.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise SdaError(f"class list {path} cannot be read ({reason}): write one name per line.") from error
-    classes = [line.strip() for line in lines if line.strip()]
-    if not classes:
-        raise SdaError(f"class list {path} is empty: write one class name per line.")
-    _index_classes(classes, f"class list {path}")
-    return classes
-
-
-def label_indices(files: Iterable[ImageFile], classes: Sequence[str]) -> list[int]:
-    """The index in `classes` of the folder each file lies in; any subset of the classes may be present.
-
-    Raises SdaError for a folder that is no class and for a class that is listed twice.
-    """
-    index = _index_classes(classes, "the class list")
-    labels = []
-    for file in files:
-        if file.class_name not in index:
-            known = get_close_matches(file.class_name, classes, n=1) or [*classes[:3], "..."]
-            raise SdaError(
-                f"the folder {file.class_name} of {file.path} is none of the {len(classes)} classes "
-                f"({', '.join(known)}): rename the folder or give the class list it belongs to."
-            )
-        labels.append(index[file.class_name])
-    return labels
-
-
-def _index_classes(classes: Sequence[str], where: str) -> dict[str, int]:
-    index: dict[str, int] = {}
-    for i, name in enumerate(classes):
-        if index.setdefault(name, i) != i:
-            raise SdaError(f"{where} holds {name} twice (entries {index[name] + 1} and {i + 1}): remove one.")
-    return index
 
 
 Pairs = list[tuple[ImageFile, ImageFile]]
@@ -193,7 +187,7 @@ def pair(originals: Sequence[ImageFile], projections: Sequence[ImageFile]) -> Pa
 
 def _require(missing: list[ImageFile], lack: str) -> None:
     if missing:
-        first = ", ".join([file.name for file in missing[:3]] + ["..."] * (len(missing) > 3))
+        first = ", ".join([shown(file.name) for file in missing[:3]] + ["..."] * (len(missing) > 3))
         raise SdaError(f"{len(missing)} images in {missing[0].root} ({first}) have {lack}.")
 
 

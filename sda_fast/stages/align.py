@@ -3,29 +3,36 @@
 The same stage aligns the synthetic images of SDA's first half and projects the target images of its second.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from sda_fast.data import (
+    Decoder,
+    DiffusionCrop,
     ImageFile,
-    center_crop,
+    Prefetcher,
+    find_images,
     identity,
     list_images,
-    read_image,
+    make_reader,
+    reading_threads,
+    shown,
     to_uint8,
     to_unit,
     write_png,
 )
 from sda_fast.diffusion.guidance import Norm
+from sda_fast.engines import Precision
+from sda_fast.engines.batch_size import affordable_batch
 from sda_fast.errors import SdaError
 from sda_fast.models import load_adm
-from sda_fast.projector import Projection, Projector, Purifier
+from sda_fast.models.adm import ADM
+from sda_fast.projector import Projector, Purifier
 from sda_fast.stages.batches import Work, plan, run_batches
+from sda_fast.stages.failures import Failures, report_listing, write_failures
 from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
 
 
@@ -34,8 +41,9 @@ class AlignSettings:
     """Everything that changes a projection; all of it stands in the manifest.
 
     projection: "dda" (low-pass guidance) or "diffpure" (none, ancestral). respacing and start default to the
-    published "100" and 50 for dda, "1000" and 150 for diffpure. batch_size is the execution batch: it changes
-    last bits only. The other names are those of `Projector`.
+    published "100" and 50 for dda, "1000" and 150 for diffpure. batch_size is the execution batch: it changes last
+    bits only; "auto" takes what fits into memory. decoder: how images are read, see `sda_fast.data.readers`. The other
+    names are those of `Projector`.
     """
 
     projection: Literal["dda", "diffpure"] = "dda"
@@ -46,9 +54,10 @@ class AlignSettings:
     norm: Norm = "image"
     norm_group: int = 10
     engine: str = "eager"
-    precision: str = "fp32"
-    batch_size: int = 10
+    precision: Precision = "fp32"
+    batch_size: int | Literal["auto"] = 10
     seed: int = 0
+    decoder: Decoder = "pillow"
 
     def resolved(self) -> "AlignSettings":
         """The same with respacing and start filled in. Raises SdaError for an unknown projection."""
@@ -61,30 +70,27 @@ class AlignSettings:
 PUBLISHED = {"dda": ("100", 50), "diffpure": ("1000", 150)}  # respacing and start
 
 
-def make_projection(adm: Any, settings: AlignSettings) -> Projection:
-    """The projection these settings describe. Raises SdaError for settings out of range."""
+def make_projection(adm: Any, settings: AlignSettings, batch_size: int | None = None) -> Projector | Purifier:
+    """The projection these settings describe, in batches of `batch_size` or else as they say.
+
+    Raises SdaError for settings out of range.
+    """
     settings = settings.resolved()
-    assert settings.respacing is not None
-    assert settings.start is not None
-    batch = {"batch_size": settings.batch_size, "seed": settings.seed}
+    common: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("respacing", "start", "engine", "precision", "seed")
+    }
+    if batch_size is None and settings.batch_size != "auto":
+        batch_size = settings.batch_size
+    common["batch_size"] = batch_size
     if settings.projection == "diffpure":
-        if (settings.engine, settings.precision) != ("eager", "fp32"):
-            raise SdaError(
-                f'projection "diffpure" has engine "eager" and precision "fp32" only, '
-                f"not {settings.engine!r} and {settings.precision!r}"
-            )
-        return Purifier(adm, respacing=settings.respacing, start=settings.start, **batch)
+        return Purifier(adm, **common)
     return Projector(
         adm,
-        respacing=settings.respacing,
-        start=settings.start,
         factor=settings.factor,
         scale=settings.scale,
         norm=settings.norm,
         norm_group=settings.norm_group,
-        engine=settings.engine,
-        precision=settings.precision,
-        **batch,
+        **common,
     )
 
 
@@ -103,59 +109,101 @@ def align(
 
     Images are cut to the ADM's size as guided-diffusion crops. An image's result depends on its path, its pixels
     and the settings alone (with norm="batch" also on the others of its group, consecutive in the sorted list).
-    Resumes where an earlier run stopped. Raises SdaError for wrong folders, files, weights and settings.
+    Resumes where an earlier run stopped. What cannot be read is left out and stands in `<output>/failures.json`, with
+    norm="batch" together with its group; a later call tries it again.
+
+    Raises SdaError for wrong folders, weights and settings.
     """
     settings = (settings or AlignSettings()).resolved()
-    files = list_images(input)
+    grouped = settings.projection == "dda" and settings.norm == "batch"
+    # An image that is not listed would shift all groups after it: then nothing may be wrong with the folder.
+    files, listed = (list_images(input), {}) if grouped else find_images(input)
     model = load_adm(adm, preset)
     make_projection(model, settings)  # wrong settings must fail before the folder is made
+    make_reader(settings.decoder, DiffusionCrop(model.image_size))
     if Path(output).resolve().is_relative_to(Path(input).resolve()):
         raise SdaError(f"--output {output} lies in --input {input}: a second call would project projections; move it")
     origin = {"input": str(Path(input).resolve()), "input_made_with": made_with(input)}
     weights = {"adm": file_sha256(adm)}
     recorded = {**asdict(settings), "image_size": model.image_size, **origin, "weights": weights}
-    del model  # every worker loads its own
     out = open_output(output, "align", recorded)
+    batch_size = _batch_size(out, settings, model, device, workers)
+    del model  # every worker loads its own
 
-    size = settings.norm_group if settings.projection == "dda" and settings.norm == "batch" else 1
+    size = settings.norm_group if grouped else 1
     groups = [[file.key for file in files[i : i + size]] for i in range(0, len(files), size)]
-    todo = plan(groups, out.done, settings.batch_size)
+    todo = plan(groups, out.done, batch_size)
     by_key = {file.key: file for file in files}
-    run_batches(
+    group_of = {key: group for group in groups for key in group} if grouped else {}
+    # A worker among several cannot know its next batch; while it reads, the others compute.
+    foreseen = todo if workers == 1 else []
+    failures = report_listing(listed) | run_batches(
         todo,
         _make_work,
-        (adm, preset, settings, device, out, by_key),
+        (adm, preset, settings, batch_size, device, out, by_key, group_of, foreseen, reading_threads(max(1, workers))),
         label=f"{settings.projection} projection",
         total=len(files),
         workers=workers,
         quiet=quiet,
     )
-    summary = {"images": len(files), "projected": sum(len(b) for b in todo), "output": str(output)}
-    out.finish({"images": len(files)})
-    return summary
+    write_failures(out.folder, failures)
+    done = sum(file.name not in failures for batch in todo for file in map(by_key.__getitem__, batch))
+    out.finish({"images": len(files), "failed": len(failures)})
+    return {"images": len(files), "projected": done, "failed": len(failures), "output": str(output)}
 
 
 def _make_work(
     adm: str | Path,
     preset: str | None,
     settings: AlignSettings,
+    batch_size: int,
     device: str,
     out: Output,
     files: dict[str, ImageFile],
+    group_of: dict[str, list[str]],
+    foreseen: list[list[str]],
+    threads: int,
 ) -> Work:
     model = load_adm(adm, preset).to(device)
-    project = make_projection(model, settings)
+    project = make_projection(model, settings, batch_size)
+    reader = make_reader(settings.decoder, DiffusionCrop(model.image_size), threads)
+    read = Prefetcher(lambda keys: reader([files[key] for key in keys]), foreseen)
 
-    def work(keys: list[str]) -> None:
-        images = read_batch([files[key] for key in keys], model.image_size).to(device)
-        seeds = [identity("align", files[key].name) for key in keys]
-        for key, array in zip(keys, to_uint8(project(images, seeds=seeds), "round"), strict=True):
-            if not out.done(key):
-                write_png(array, out.path(key))
+    def work(keys: list[str]) -> Failures:
+        cropped = dict(zip(keys, read(keys), strict=True))
+        unreadable = {key: str(image) for key, image in cropped.items() if isinstance(image, SdaError)}
+        reasons = {key: reason for key in keys if (reason := _reason(key, unreadable, group_of))}
+        arrays = {key: a for key, a in cropped.items() if key not in reasons and not isinstance(a, SdaError)}
+        if arrays:
+            images = to_unit(np.stack(list(arrays.values()))).to(device)
+            seeds = [identity("align", files[key].name) for key in arrays]
+            for key, array in zip(arrays, to_uint8(project(images, seeds=seeds), "round"), strict=True):
+                if not out.done(key):
+                    write_png(array, out.path(key))
+            if project.batch_size != out.recorded().get("batch_size", batch_size):
+                out.record(batch_size=project.batch_size)  # memory ran out: a resumed run need not find out again
+        return {files[key].name: reason for key, reason in reasons.items() if not out.done(key)}
 
     return work
 
 
-def read_batch(files: Sequence[ImageFile], size: int) -> torch.Tensor:
-    """Images read and cut to size x size: float32 [N, 3, size, size] in [-1, 1]."""
-    return to_unit(np.stack([center_crop(read_image(file.path), size) for file in files]))
+def _batch_size(out: Output, settings: AlignSettings, adm: ADM, device: str, workers: int) -> int:
+    """What an earlier run ended with, what the settings say, or what fits into the device's memory."""
+    recorded = out.recorded().get("batch_size")
+    if recorded is not None:
+        return recorded
+    if settings.batch_size != "auto":
+        return settings.batch_size
+    project = make_projection(adm.to(device), settings)
+    most = affordable_batch(project.network.step, workers)
+    batch_size = max(1, most // project.batch_unit) * project.batch_unit
+    out.record(batch_size=batch_size)
+    return batch_size
+
+
+def _reason(key: str, unreadable: dict[str, str], group_of: dict[str, list[str]]) -> str | None:
+    """Why an image is left out: it cannot be read, or another of its group cannot, and they have one norm."""
+    if key in unreadable:
+        return unreadable[key]
+    others = [other for other in group_of.get(key, ()) if other in unreadable]
+    return f"{shown(key)} is of one norm group with {shown(others[0])}: {unreadable[others[0]]}" if others else None

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -16,8 +16,10 @@ import torch
 from sda_fast.errors import SdaError
 from sda_fast.stages.progress import progress
 
-# Called in the worker: make(*arguments) -> work; work(keys) does one batch.
-Work = Callable[[list[str]], None]
+# Called in the worker: make(*arguments) -> work; work(keys) does one batch and returns what failed in it, if anything:
+# by the name of the file at fault, the reason.
+Failed = Mapping[str, str] | None
+Work = Callable[[list[str]], Failed]
 
 _make: Callable[[], Work] | None = None
 _work: Work | None = None
@@ -47,26 +49,31 @@ def run_batches(
     total: int,
     workers: int = 1,
     quiet: bool | None = None,
-) -> None:
+) -> dict[str, str]:
     """Do every batch with the work that `make(*arguments)` returns; progress counts `total` keys.
+
+    Returns what failed in all of them.
 
     With several workers, each process calls `make` once and takes batches as it becomes free; `make` and
     `arguments` must be picklable. Every process, and this one if it works alone, computes with one CPU thread:
-    libraries split their sums by the number of threads, which would show in the last bits. The first error stops
-    the run; what is written stays.
+    libraries split their sums by the number of threads, which would show in the last bits. An error that the work
+    raises stops the run; what is written stays.
     """
     if workers < 1:
         raise SdaError(f"--workers {workers} is out of range: give at least 1")
     left = sum(len(batch) for batch in batches)
     steps = _run(batches, make, arguments, min(workers, len(batches)))
     with closing(steps), progress(total, label, quiet, done=max(0, total - left)) as reporter:
-        for batch in steps:
+        failures: dict[str, str] = {}
+        for batch, failed in steps:
+            failures.update(failed or {})
             reporter.advance(len(batch))
+    return failures
 
 
 def _run(
     batches: Sequence[list[str]], make: Callable[..., Work], arguments: tuple[Any, ...], workers: int
-) -> Generator[list[str], None, None]:
+) -> Generator[tuple[list[str], Failed], None, None]:
     if workers <= 1:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -74,18 +81,16 @@ def _run(
             work = make(*arguments) if batches else None
             for batch in batches:
                 assert work is not None
-                work(batch)
-                yield batch
+                yield batch, work(batch)
         finally:
             torch.set_num_threads(threads)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _initialise, (make, arguments))
     try:
         with _ctrl_c_ignored():
-            futures: dict[Future[None], list[str]] = {pool.submit(_do, batch): batch for batch in batches}
+            futures: dict[Future[Failed], list[str]] = {pool.submit(_do, batch): batch for batch in batches}
         for future in as_completed(futures):
-            future.result()
-            yield futures[future]
+            yield futures[future], future.result()
     except (KeyboardInterrupt, GeneratorExit):
         for process in list((pool._processes or {}).values()):
             process.terminate()  # a batch may take minutes, and nothing is left half written
@@ -126,10 +131,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _do(batch: list[str]) -> None:
+def _do(batch: list[str]) -> Failed:
     # The work is made here and not in `_initialise`, where an error would break the pool without saying why.
     global _work
     if _work is None:
         assert _make is not None
         _work = _make()
-    _work(batch)
+    return _work(batch)

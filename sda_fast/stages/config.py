@@ -9,6 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from sda_fast.data import Decoder
 from sda_fast.errors import SdaError
 from sda_fast.stages.align import AlignSettings
 from sda_fast.stages.synthesize import SynthesizeSettings
@@ -31,11 +32,16 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """methods: in the order of the table; ablation: also fine-tune on images that were not aligned (paper, table 4)."""
+    """methods: in the order of the table; ablation: also fine-tune on images that were not aligned (paper, table 4).
+
+    decoder and resize: how images are read and shown to the classifier, as in `evaluate`.
+    """
 
     methods: tuple[str, ...] = ("source", "diffpure", "dda", "sda")
     mode: str = "sum"
     batch_size: int = 64
+    decoder: Decoder = "pillow"
+    resize: bool = True
     ablation: bool = False
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sda_fast.data import ImageFile, label_indices, list_images, pair, read_image, resize_short_side, to_unit
+from sda_fast.data import (
+    EvaluationCrop,
+    ImageFile,
+    Prefetcher,
+    find_images,
+    label_indices,
+    make_reader,
+    pair,
+    reading_threads,
+    shown,
+    to_unit,
+)
+from sda_fast.data.readers import Cropped, Reader
 from sda_fast.errors import SdaError
 from sda_fast.files import write_json
 from sda_fast.methods import METHODS, method_class
 from sda_fast.methods.base import Method
 from sda_fast.methods.ensembles import MODES
 from sda_fast.models import Classifier, load_classifier
+from sda_fast.stages.failures import Failures, report_listing, write_failures
 from sda_fast.stages.manifest import file_sha256, made_with, open_output
 from sda_fast.stages.progress import progress
 from sda_fast.statistics import make_row
@@ -35,6 +48,8 @@ def evaluate(
     name: str | None = None,
     mode: str = "sum",
     batch_size: int = 64,
+    decoder: str = "pillow",
+    resize: bool = True,
     device: str = "cpu",
     quiet: bool | None = None,
 ) -> list[dict[str, Any]]:
@@ -43,17 +58,25 @@ def evaluate(
     input: `[<corruption>/[<severity>/]]<class>/<file>`; a subset of classes may be present. projections: folder by
     kind ("dda", "diffpure"), mirroring `input`. methods: by default all whose needs are met. name: of the classifier
     in tables, by default its file's. Labels go by folder name, pairs by relative path. Every corruption's result is
-    kept as it is made, so an interrupted run goes on.
+    kept as it is made, so an interrupted run goes on. decoder: how images are read, see `sda_fast.data.readers`.
+
+    resize: whether images are enlarged as the classifier's evaluation does, the short side to 256 before a crop of 224;
+    if not, the short side goes straight to the crop, which leaves ImageNet-C's images of 224 pixels as they are.
+
+    An image that cannot be read, or whose projection is missing or cannot be read, counts for no method; it stands in
+    `<output>/failures.json`, as do projections without an original. A later call tries again.
 
     Each row holds method, model, corruption, severity, images, correct, accuracy and its 95 % interval, and
-    `outcomes`: 1 or 0 per image in the order of the relative paths. Raises SdaError for missing counterparts, unknown
-    classes, wrong weights and other settings than those of a run begun before.
+    `outcomes`: 1 or 0 per image in the order of the relative paths. Raises SdaError for folders that do not belong
+    together, unknown classes, wrong weights and other settings than those of a run begun before.
     """
     if mode not in MODES:
         raise SdaError(f"--ensemble {mode!r} is not known; choose one of {', '.join(MODES)}")
     if batch_size < 1:
         raise SdaError(f"--batch-size {batch_size} is out of range: give at least 1")
-    files = list_images(input)
+    files, listed = find_images(input)
+    failures = report_listing(listed)
+    found = len(files) + sum(not name.endswith("/") for name in listed)
     source = load_classifier(model)
     adapted = load_classifier(finetuned) if finetuned else None
     if adapted is not None and adapted.classes != source.classes:
@@ -62,7 +85,9 @@ def evaluate(
     folders = dict(projections or {})
     chosen = _choose(methods, folders, adapted is not None)
     needed = {p for m in chosen if (p := method_class(m).projection)}
-    pairs = {kind: _pairs(files, folders[kind], kind) for kind in sorted(needed)}
+    pairs = {kind: _pairs(files, folders[kind], kind, failures) for kind in sorted(needed)}
+    crop = EvaluationCrop(source.input_size, source.resize if resize else source.input_size)
+    reader = make_reader(decoder, crop, reading_threads(1))
 
     weights = {"model": file_sha256(model), "finetuned": file_sha256(finetuned) if finetuned else None}
     settings = {
@@ -73,7 +98,9 @@ def evaluate(
         "methods": chosen,
         "mode": mode,
         "batch_size": batch_size,
-        "images": len(files),
+        "decoder": decoder,
+        "resize": resize,
+        "images": found,
         "weights": weights,
     }
     out = open_output(output, "evaluate", settings)
@@ -87,16 +114,23 @@ def evaluate(
                 rows += json.loads(kept.read_text())
                 reporter.skip(len(members))
                 continue
-            outcomes = _outcomes(created, members, labels, pairs, source, batch_size, device, reporter.advance)
+            usable = [file for file in members if file.name not in failures]
+            outcomes, unreadable = _outcomes(
+                created, usable, labels, pairs, reader, batch_size, device, reporter.advance
+            )
+            failures.update(unreadable)
             corruption, severity = _describe(group, input)
             group_rows = [
                 make_row(method.title, name, corruption, severity, correct)
                 for method, correct in zip(created, outcomes, strict=True)
+                if len(correct)
             ]
-            write_json(group_rows, kept)
+            if not any(_group(failed) == group for failed in failures):
+                write_json(group_rows, kept)
             rows += group_rows
     write_json({"settings": settings, "rows": rows}, out.folder / RESULTS)
-    out.finish({"images": len(files), "rows": len(rows)})
+    write_failures(out.folder, failures)
+    out.finish({"images": found, "rows": len(rows), "failed": len(failures)})
     return rows
 
 
@@ -115,12 +149,27 @@ def _choose(methods: Sequence[str] | None, folders: Mapping[str, Any], finetuned
     return list(dict.fromkeys(methods))
 
 
-def _pairs(files: Sequence[ImageFile], folder: str | Path, kind: str) -> dict[str, ImageFile]:
-    projected = list_images(folder, option=f"--projection {kind}=")
+def _pairs(files: Sequence[ImageFile], folder: str | Path, kind: str, failures: Failures) -> dict[str, ImageFile]:
+    """The projection of each image by key; what has no counterpart is added to `failures`."""
+    option = f"--projection {kind}="
+    projected, listed = find_images(folder, option)
     made = (made_with(folder) or {}).get("projection", kind)
     if made != kind:
         raise SdaError(f"--projection {kind}={folder} holds {made} projections: give it as {made}={folder}")
-    return {original.key: projection for original, projection in pair(files, projected)}
+    by_key = {file.key: file for file in projected}
+    originals = {file.key for file in files}
+    if not originals & by_key.keys():
+        pair(files, projected)  # another folder altogether: says so
+    where = f"{option}{shown(str(folder))}"
+    for name, rest in listed.items():
+        failures[f"{option}{name}"] = f"{shown(name)} in {where} {rest}."
+    for file in projected:
+        if file.key not in originals:
+            failures[f"{option}{file.name}"] = f"{shown(file.name)} in {where} has no original: add it or remove this."
+    for file in files:
+        if file.key not in by_key:
+            failures.setdefault(file.name, f"{shown(file.name)} has no projection in {where}: align it first.")
+    return by_key
 
 
 def _create(name: str, source: Classifier, adapted: Classifier | None, mode: str) -> Method:
@@ -135,8 +184,12 @@ def _groups(files: Sequence[ImageFile]) -> dict[str, list[ImageFile]]:
     """The images by the path above their class folder, "" for a plain folder of classes."""
     groups: dict[str, list[ImageFile]] = defaultdict(list)
     for file in files:
-        groups["/".join(file.name.split("/")[:-2])].append(file)
+        groups[_group(file.name)].append(file)
     return dict(groups)
+
+
+def _group(name: str) -> str:
+    return "/".join(name.split("/")[:-2])
 
 
 def _describe(group: str, root: str | Path) -> tuple[str, int]:
@@ -152,37 +205,41 @@ def _outcomes(
     files: Sequence[ImageFile],
     labels: Mapping[str, int],
     pairs: Mapping[str, Mapping[str, ImageFile]],
-    classifier: Classifier,
+    reader: Reader,
     batch_size: int,
     device: str,
-    advance: Any,
-) -> list[np.ndarray]:
-    """For each method, whether its prediction is right: bool [images]."""
+    advance: Callable[[int], None],
+) -> tuple[list[np.ndarray], Failures]:
+    """For each method, whether its prediction is right: bool [readable images]; and what could not be read."""
+    by_key = {file.key: file for file in files}
+    batches = [[file.key for file in files[i : i + batch_size]] for i in range(0, len(files), batch_size)]
+    failures: Failures = {}
     correct: list[list[Tensor]] = [[] for _ in methods]
-    for start in range(0, len(files), batch_size):
-        part = files[start : start + batch_size]
-        truth = torch.tensor([labels[file.key] for file in part])
-        images = _read(part, classifier).to(device)
-        projected = {
-            kind: _read([by_key[file.key] for file in part], classifier).to(device) for kind, by_key in pairs.items()
-        }
-        for method, results in zip(methods, correct, strict=True):
-            scores = method(images, projected.get(method.projection or ""))
-            results.append(scores.argmax(dim=1).cpu() == truth)
-        advance(len(part))
-    return [torch.cat(results).numpy() for results in correct]
+
+    def read(keys: list[str]) -> dict[str, list[Cropped]]:
+        folders = {"": by_key, **pairs}
+        return {kind: reader([members[key] for key in keys]) for kind, members in folders.items()}
+
+    loaded = Prefetcher(read, batches)
+    for keys in batches:
+        pictures = loaded(keys)
+        errors = {key: error for key, *row in zip(keys, *pictures.values(), strict=True) if (error := _error(row))}
+        failures |= {by_key[key].name: str(error) for key, error in errors.items()}
+        good = [i for i, key in enumerate(keys) if key not in errors]
+        if good:
+            truth = torch.tensor([labels[keys[i]] for i in good])
+            x = {kind: _stack([images[i] for i in good]).to(device) for kind, images in pictures.items()}
+            for method, results in zip(methods, correct, strict=True):
+                scores = method(x[""], x.get(method.projection) if method.projection else None)
+                results.append(scores.argmax(dim=1).cpu() == truth)
+        advance(len(keys))
+    return [torch.cat(results).numpy() if results else np.zeros(0, bool) for results in correct], failures
 
 
-def _read(files: Sequence[ImageFile], classifier: Classifier) -> Tensor:
-    """Images as the classifier's evaluation sees them: float32 [N, 3, H, W] in [-1, 1]."""
-    size, arrays = classifier.input_size, []
-    for file in files:
-        array = read_image(file.path)
-        if classifier.resize is not None:
-            array = resize_short_side(array, classifier.resize)
-        height, width = array.shape[:2]
-        if min(height, width) < size:
-            raise SdaError(f"{file.path} is {width}x{height}, the classifier sees {size}x{size}: use larger images")
-        top, left = round((height - size) / 2), round((width - size) / 2)
-        arrays.append(array[top : top + size, left : left + size])
-    return to_unit(np.stack(arrays))
+def _error(images: Sequence[Cropped]) -> SdaError | None:
+    return next((image for image in images if isinstance(image, SdaError)), None)
+
+
+def _stack(images: Sequence[Cropped]) -> Tensor:
+    """float32 [N, 3, S, S] in [-1, 1]."""
+    return to_unit(np.stack([image for image in images if not isinstance(image, SdaError)]))

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sda_fast.data import ImageFile, label_indices, list_images, read_image, to_unit
+from sda_fast.data import ImageFile, label_indices, list_images, read_image, shown, to_unit
 from sda_fast.errors import SdaError
 from sda_fast.files import write_bytes
 from sda_fast.models import Classifier, load_classifier, save_checkpoint
@@ -66,7 +66,7 @@ def finetune(
     if target.exists():
         return summary
 
-    images = [read_image(file.path) for file in files]
+    images = _read_all(files)
     losses = _train(classifier.to(device), images, torch.tensor(labels), recipe, seed, out, quiet)
     _, metadata = read_checkpoint(model)
     metadata = metadata or {"kind": "classifier", "config": classifier.config}  # the file is another library's
@@ -82,6 +82,22 @@ def _content_hash(files: list[ImageFile]) -> str:
     for file in files:
         digest.update(f"{file.name}\0{file_sha256(file.path)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def _read_all(files: list[ImageFile]) -> list[np.ndarray]:
+    """Every image, uint8 [H, W, 3]. Raises SdaError naming all that cannot be read: without them the model differs."""
+    images: list[np.ndarray] = []
+    bad: dict[str, SdaError] = {}
+    for file in files:
+        try:
+            images.append(read_image(file.path))
+        except SdaError as error:
+            bad[shown(file.name)] = error
+    if bad:
+        first, *others = bad
+        also = f" (so are {len(others)} others: {', '.join(others)})" if others else ""
+        raise SdaError(f"{str(bad[first]).removesuffix('.')}{also}.") from bad[first]
+    return images
 
 
 def _train(

@@ -62,6 +62,19 @@ class Output:
         except OSError:
             return False
 
+    def record(self, **facts: Any) -> None:
+        """Note how the run went on this machine, under "execution": what no setting asked for, such as a smaller batch.
+
+        Of several processes that record at once, the last stands.
+        """
+        manifest = _read(self.folder / MANIFEST)
+        execution = {**manifest.get("execution", {}), **_plain(facts)}
+        write_json({**manifest, "execution": execution}, self.folder / MANIFEST)
+
+    def recorded(self) -> dict[str, Any]:
+        """What was recorded so far."""
+        return _read(self.folder / MANIFEST).get("execution", {})
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Record what was done, such as counts, under "finished"; of several processes the last stands."""
         manifest = _read(self.folder / MANIFEST)

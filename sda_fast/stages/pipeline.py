@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from sda_fast.data import label_indices, list_images
+from sda_fast.data import find_images, label_indices
 from sda_fast.errors import SdaError
 from sda_fast.methods import method_class
 from sda_fast.methods.ensembles import MODES
@@ -15,6 +15,7 @@ from sda_fast.models import load_classifier
 from sda_fast.stages.align import align
 from sda_fast.stages.config import RunConfig
 from sda_fast.stages.evaluate import evaluate
+from sda_fast.stages.failures import read_failures
 from sda_fast.stages.finetune import MODEL, finetune
 from sda_fast.stages.recipes import recipe_for
 from sda_fast.stages.synthesize import SynthesizeSettings, synthesize
@@ -26,7 +27,9 @@ UNALIGNED = "SDA, not aligned"  # the ablation's row
 def run(
     config: RunConfig, *, quiet: bool | None = None, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Run every stage into `config.output`; returns {"rows", "seconds" by stage, "folders"}.
+    """Run every stage into `config.output`; returns {"rows", "seconds" by stage, "folders", "failures"}.
+
+    "failures" holds, by the folder of the stage, what could not be read; everything else is done.
 
     Stages that are finished are skipped and half-finished ones resumed, so the same call goes on after an
     interruption. Raises SdaError as the stages do.
@@ -52,8 +55,8 @@ def run(
     raw, aligned = root / "synthetic" / "raw", root / "synthetic" / "aligned"
     adapted: dict[tuple[str, str], Path] = {}
     if adapts:
-        own = {f.name: getattr(config.synthesize, f.name) for f in fields(SynthesizeSettings)}
-        settings = SynthesizeSettings(**own)
+        named = {f.name: getattr(config.synthesize, f.name) for f in fields(SynthesizeSettings)}
+        settings = SynthesizeSettings(**named)
         with timed("synthesize"):
             synthesize(raw, dit, config.synthesize.per_class, settings=settings, preset=config.dit_preset, **spread)
         with timed("align"):
@@ -72,7 +75,8 @@ def run(
             align(config.target, folder, adm, chosen, preset=config.adm_preset, **spread)
 
     rows: list[dict[str, Any]] = []
-    scoring: dict[str, Any] = {"mode": config.evaluate.mode, "batch_size": config.evaluate.batch_size, **common}
+    own = ("mode", "batch_size", "decoder", "resize")
+    scoring: dict[str, Any] = {**{option: getattr(config.evaluate, option) for option in own}, **common}
     for name, path in classifiers.items():
         with timed(f"evaluate {name}"):
             model = adapted.get(("aligned", name))
@@ -84,8 +88,10 @@ def run(
                 folder = root / "evaluation" / f"{name}-unaligned"
                 extra = evaluate(config.target, folder, path, model, projected, ["sda"], name=name, **scoring)
             rows += [{**row, "method": UNALIGNED} for row in extra]
+    stages = [*projected.values(), *(root / "evaluation" / name for name in classifiers)]
+    failures = {str(folder): failed for folder in stages if (failed := read_failures(folder))}
     folders = {"target": config.target, **{kind: str(folder) for kind, folder in projected.items()}}
-    return {"rows": rows, "seconds": seconds, "folders": folders, "settings": asdict(config)}
+    return {"rows": rows, "seconds": seconds, "folders": folders, "failures": failures, "settings": asdict(config)}
 
 
 def _check(config: RunConfig) -> None:
@@ -101,6 +107,6 @@ def _check(config: RunConfig) -> None:
     if config.evaluate.batch_size < 1:
         raise SdaError(f"[evaluate] batch_size = {config.evaluate.batch_size} is out of range: give at least 1")
     recipe_for(config.finetune.recipe, "")
-    files = list_images(config.target, option="target")
+    files, _ = find_images(config.target, option="target")
     for path in config.classifiers.values():
         label_indices(files, load_classifier(weights_path(path)).classes)

@@ -19,6 +19,7 @@ COMMANDS = (
     "train-photos",
     "bench",
     "doctor",
+    "corrupt",
 )
 REPORTING = [command for command in COMMANDS if command != "train-photos"]
 

@@ -27,7 +27,7 @@ def test_json_and_nothing_else(tmp_path, tiny, images):
     options = ("-i", images, "-o", tmp_path / "out", "--adm", tiny.adm, "--respacing", 10, "--start", 2)
     done = sda_fast("align", *options, "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == {"images": 8, "projected": 8, "output": str(tmp_path / "out")}
+    assert json.loads(done.stdout) == {"images": 8, "projected": 8, "failed": 0, "output": str(tmp_path / "out")}
 
 
 def test_help_answers_without_torch():

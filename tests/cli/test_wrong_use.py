@@ -38,9 +38,9 @@ CASES = {
     f"{ALIGN} -i {{none}}": "--input {none} does not exist: check the path",
     f"{ALIGN} -i {{empty}}": "--input {empty} holds no image",
     f"{ALIGN} -i {{text}}.pt": "--input {text}.pt is a file: give the folder",
-    f"{ALIGN} -i {{broken}}": "broken/ant/1.png is not an image, whatever its suffix says: replace or remove it",
-    f"{ALIGN} -i {{torn}}": "torn/ant/1.png cannot be read (",
-    f"{ALIGN} -i {{twins}}": "ant/1.jpg and ant/1.png, whose outputs would collide: rename one",
+    f"{ALIGN} -i {{twins}} --norm batch": "ant/1.jpg, which differs from ant/1.png in its suffix alone: rename one",
+    f"{FINETUNE} -i {{broken}}": "broken/ant/1.png is not an image, whatever its suffix says: replace or remove it",
+    f"{FINETUNE} -i {{twins}}": "ant/1.jpg, which differs from ant/1.png in its suffix alone: rename one",
     f"{ALIGN} -o {{text}}.pt": "--output {text}.pt cannot be used (",
     f"{ALIGN} -o {{text}}.pt/deep": "--output {text}.pt/deep cannot be used (",
     f"{ALIGN} -o /proc/nothing": "--output /proc/nothing cannot be used (",
@@ -53,9 +53,8 @@ CASES = {
     f"{EVALUATE} -o {{text}}.pt": "--output {text}.pt cannot be used (",
     f"{EVALUATE} -i {{dogs}}": "the folder dog of {dogs}/dog/1.png is none of the 3 classes (",
     f"{EVALUATE} -i {{empty}}": "--input {empty} holds no image",
-    f"{EVALUATE} -i {{broken}}": "1.png is not an image",
     f"{EVALUATE} --projection dda={{none}}": "--projection dda= {none} does not exist",
-    f"{EVALUATE} --projection dda={{folder}}": "images (cow/2.png) have no projection: align them first",
+    f"{EVALUATE} --projection dda={{dogs}} -i {{other}}": " (cow/3.png) have no projection: align them first",
     "photos -o {text}.pt --per-class 1 --corruption fog": "--output {text}.pt cannot be used (",
     "train-photos -o {text}.pt --steps 1": "--output {text}.pt cannot be used (",
     "demo -o {text}.pt --per-class 1": "--output {text}.pt/target cannot be used (",
@@ -85,8 +84,10 @@ CASES = {
     # names nobody knows
     f"{ALIGN} --projection sdedit": "projection = 'sdedit' is not known; choose from dda, diffpure",
     f"{ALIGN} --norm group": "norm = 'group' is not known; choose from image, batch",
-    f"{ALIGN} --engine trt": "engine 'trt' is not known; this version has",
+    f"{ALIGN} --engine turbo": "engine 'turbo' is not known; choose one of",
     f"{ALIGN} --precision fp8": "precision 'fp8' is not known",
+    f"{ALIGN} --decoder turbo": "decoder = 'turbo' is not known; choose from pillow, dali, dali-gpu",
+    f"{EVALUATE} --decoder turbo": "decoder 'turbo' is not known; choose from pillow, dali, dali-gpu",
     f"{ALIGN} --device abacus": "device 'abacus' cannot be used on this machine (",
     f"{SYNTHESIZE} --only dog": "class 'dog' is none of the model's 3 (",
     f"{SYNTHESIZE} --classes {{none}}": "class list {none} cannot be read (No such file or directory)",
@@ -102,6 +103,12 @@ CASES = {
     f"{EVALUATE} --projection sda={{images}}": "is not of the form dda=FOLDER or diffpure=FOLDER",
     "photos -o {out} --corruption rain": "corruption 'rain' is not known; choose from gaussian_noise",
     "train-photos -o {out} --model vit": "--model vit is not known; choose from adm, dit, resnet, convnext",
+    "corrupt -i {images} -o {out} --corruption rain": "--corruption rain is not known; choose from gaussian_noise",
+    "corrupt -i {images} -o {out} --severity 0": "--severity 0 is out of range",
+    "corrupt -i {images} -o {out} --size 300": "--size 300 is out of range: give 32 to --resize, here 256",
+    "corrupt -i {images} -o {out} --jpeg-quality 96": "--jpeg-quality 96 is out of range: give 1 to 95",
+    "corrupt -i {images} -o {images}/out": "images/out lies in --input",
+    "corrupt -i {images} -o {out} --corruption watermark --font {none}": "--font {none} cannot be read (",
     "bench --preset imagenet": "preset 'imagenet' is not known; this version has",
     "demo -o {out} --per-class 0": "--per-class 0 is out of range",
     "demo -o {out} --device abacus": "device 'abacus' cannot be used",
@@ -116,6 +123,7 @@ CASES = {
 def places(tmp_path, tiny, write_images):
     write_images(tmp_path / "images", ["ant/1.png", "cow/2.png"])
     write_images(tmp_path / "folder", ["ant/1.png"])
+    write_images(tmp_path / "other", ["cow/3.png"])
     write_images(tmp_path / "dogs", ["dog/1.png", "ant/1.png"])
     write_images(tmp_path / "tinier", ["ant/1.png", "ant/2.png"], size=(20, 9))
     write_images(tmp_path / "twins", ["ant/1.png", "ant/1.jpg"])
@@ -131,7 +139,21 @@ def places(tmp_path, tiny, write_images):
     (tmp_path / "code.pt").write_bytes(pickle.dumps(print, protocol=2))
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     (tmp_path / "run.toml").write_text('outptu = "x"\n')
-    named = ("images", "folder", "dogs", "tinier", "twins", "broken", "torn", "empty", "text", "code", "list", "none")
+    named = (
+        "images",
+        "folder",
+        "other",
+        "dogs",
+        "tinier",
+        "twins",
+        "broken",
+        "torn",
+        "empty",
+        "text",
+        "code",
+        "list",
+        "none",
+    )
     return {
         **{name: tmp_path / name for name in (*named, "out")},
         **{"toml": tmp_path / "run.toml", "adm": tiny.adm, "dit": tiny.dit, "resnet": tiny.resnet},

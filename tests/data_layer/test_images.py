@@ -102,7 +102,7 @@ def test_missing_or_empty_folders_are_named(tmp_path):
 
 def test_two_images_with_one_key_are_both_named(tmp_path):
     fill(tmp_path, "n/a.jpg", "n/a.png", "n/b.png")
-    with pytest.raises(SdaError, match=r"holds n/a\.jpg and n/a\.png"):
+    with pytest.raises(SdaError, match=r"holds n/a\.jpg, which differs from n/a\.png in its suffix alone: rename one"):
         list_images(tmp_path)
 
 

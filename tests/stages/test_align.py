@@ -56,7 +56,7 @@ def read_image_bytes(data):
 @pytest.mark.parametrize("settings", [IMAGE, BATCH, DIFFPURE], ids=["image", "batch", "diffpure"])
 def test_files_mirror_the_input_and_hold_what_the_projector_makes(tmp_path, images, tiny, pictures, settings):
     summary = align(images, tmp_path / "out", tiny.adm, settings)
-    assert summary == {"images": 7, "projected": 7, "output": str(tmp_path / "out")}
+    assert summary == {"images": 7, "projected": 7, "failed": 0, "output": str(tmp_path / "out")}
     keys = [name.rpartition(".")[0] for name in NAMES]
     assert list(pictures(tmp_path / "out")) == [f"{key}.png" for key in keys]
 
@@ -186,6 +186,7 @@ def test_the_manifest_says_what_was_done(tmp_path, images, tiny, settings):
         "precision": "fp32",
         "batch_size": settings.batch_size,
         "seed": 0,
+        "decoder": "pillow",
         "image_size": 16,
         "input": str(images.resolve()),
         "input_made_with": None,
@@ -252,10 +253,10 @@ def test_an_input_made_anew_with_other_settings_is_not_mixed_in(tmp_path, images
         ({"norm": "group"}, "norm 'group' is not known"),
         ({"norm": "batch", "norm_group": 3}, "would cut a norm group of 3"),
         ({"respacing": "1001"}, "'1001': 1001 is not between 1 and 1000"),
-        ({"engine": "trt"}, "engine 'trt' is not known"),
+        ({"engine": "turbo"}, "engine 'turbo' is not known; choose one of eager, inductor, onnx, trt"),
         ({"precision": "fp8"}, "precision 'fp8' is not known"),
+        ({"decoder": "turbo"}, "decoder 'turbo' is not known; choose from pillow, dali, dali-gpu"),
         ({"projection": "sdedit"}, "projection 'sdedit' is not known"),
-        ({"projection": "diffpure", "engine": "trt"}, "not 'trt' and 'fp32'"),
     ],
 )
 def test_wrong_settings_are_refused_before_the_folder_is_made(tmp_path, images, tiny, change, message):

@@ -12,6 +12,7 @@ from sda_fast.models import load_classifier
 from sda_fast.stages import evaluate as stage
 from sda_fast.stages.align import AlignSettings, align
 from sda_fast.stages.evaluate import evaluate
+from sda_fast.stages.failures import read_failures
 from sda_fast.statistics import wilson_interval
 
 CLASSES = ("ant", "bee", "cow")
@@ -170,11 +171,24 @@ def test_pairs_go_by_path_whatever_the_suffix(tree):
 def test_a_missing_counterpart_and_one_too_many_are_named(tree):
     path = tree / "dda" / "fog" / "3" / "ant" / "1.png"
     path.rename(path.with_name("7.png"))
-    with pytest.raises(SdaError, match=r"1 images in .*target \(fog/3/ant/1\.png\) have no projection: align"):
-        score(tree)
+    without = {key: line[1:] if key[1] == "fog" else line for key, line in EXPECTED.items()}
+    assert outcomes(score(tree)) == without
+    where = f"--projection dda={tree / 'dda'}"
+    missing = {"fog/3/ant/1.png": f"fog/3/ant/1.png has no projection in {where}: align it first."}
+    extra = {"--projection dda=fog/3/ant/7.png": f"fog/3/ant/7.png in {where} has no original: add it or remove this."}
+    assert read_failures(tree / "out") == {**missing, **extra}
     shutil.copy(path.with_name("7.png"), path)
-    with pytest.raises(SdaError, match=r"1 images in .*dda \(fog/3/ant/7\.png\) have no original"):
-        score(tree)
+    assert outcomes(score(tree)) == EXPECTED
+    assert read_failures(tree / "out") == extra
+    path.with_name("7.png").unlink()
+    assert outcomes(score(tree)) == EXPECTED
+    assert not (tree / "out" / "failures.json").exists()
+
+
+def test_a_folder_of_other_images_is_refused(tree):
+    shutil.move(tree / "dda" / "fog", tree / "elsewhere" / "fog" / "4")
+    with pytest.raises(SdaError, match=r"7 images in .*target \(clean.*, \.\.\.\) have no projection: align"):
+        score(tree, projections={"dda": tree / "elsewhere"})
     assert not (tree / "out").exists()
     rows = score(tree, methods=["source", "diffpure"])  # a folder nobody asks for is not looked at
     assert outcomes(rows).items() <= EXPECTED.items()
@@ -239,8 +253,10 @@ def test_folders_that_are_no_class_other_classes_and_mixed_sizes_are_refused(tre
         with pytest.raises(SdaError, match=r"finetuned\.bin has other classes than .*source\.bin"):
             score(tree)
     write_png(np.zeros((20, 12, 3), np.uint8), tree / "target" / "fog" / "3" / "cow" / "9.png")
-    with pytest.raises(SdaError, match=r"9\.png is 12x20, the classifier sees 16x16: use larger images"):
-        score(tree, methods=["source"])
+    rows = score(tree, methods=["source"])
+    assert outcomes(rows).items() <= EXPECTED.items()
+    (reason,) = read_failures(tree / "out").values()
+    assert reason.endswith("9.png: a picture of 12x20 is too small, the classifier sees 16x16: use larger images.")
     write_png(picture(0, 0), tree / "target" / "fog" / "3" / "dog" / "1.png")
     with pytest.raises(SdaError, match=r"the folder dog of .* is none of the 3 classes"):
         score(tree, "new", methods=["source"])

@@ -1,0 +1,32 @@
+"""How many images a step may take at once on this machine."""
+
+import os
+
+import torch
+
+from sda_fast.engines.graph import trace
+from sda_fast.engines.memory import peak_bytes
+from sda_fast.engines.steps import Step
+
+
+def affordable_batch(step: Step, processes: int = 1, most: int = 64) -> int:
+    """How many images a run of the step may take at once: the largest power of two up to `most` whose activations
+    fill four fifths of a process's share of the memory that is free on the step's device; at least one."""
+    example = step.example(2)
+    needed = peak_bytes(trace(step, example)) / 2
+    if example[0].is_cuda:
+        free, _ = torch.cuda.mem_get_info(example[0].device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    batch = most
+    while batch > 1 and batch * needed > 0.8 * free / processes:
+        batch //= 2
+    return batch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU: most libraries only say so."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    told = str(error).lower()
+    return any(words in told for words in ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc"))
