@@ -12,7 +12,7 @@ from sda_fast.diffusion import LowPass, Schedule
 from sda_fast.diffusion.guidance import Guided, Norm, finish
 from sda_fast.diffusion.samplers import Draw, ReverseSteps, q_sample
 from sda_fast.engines import Engine, GuidedStep, Precision, Step, UnguidedStep, create_engine
-from sda_fast.engines.batch_size import is_out_of_memory
+from sda_fast.engines.batch_size import is_out_of_memory, smaller_batch
 from sda_fast.engines.runner import Runner
 from sda_fast.errors import SdaError
 from sda_fast.execution import Batch, Noise, batches, check_images
@@ -79,19 +79,6 @@ class _Reverse:
     ) -> Tensor:
         raise NotImplementedError  # the subclasses' one method
 
-    def _take_smaller_batches(self, images: int, error: Exception) -> None:
-        size = min(self.batch_size or images, images)
-        smaller = size // 2 - size // 2 % self.batch_unit
-        if not smaller:
-            raise SdaError(
-                f"there is not enough memory for {size} image{'s' * (size > 1)} at a time: use a lower precision, or a "
-                "device with more memory"
-            ) from error
-        self.network.forget()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.batch_size = smaller
-
     @property
     def batch_unit(self) -> int:
         """What the batch must be a multiple of."""
@@ -139,7 +126,8 @@ class _Reverse:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                self._take_smaller_batches(len(images), error)
+                self.batch_size = smaller_batch(self.batch_size or len(images), error, self.batch_unit)
+                self.network.forget()
 
 
 class Projector(_Reverse):

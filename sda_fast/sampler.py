@@ -1,26 +1,32 @@
 """Class-conditional sampling from a DiT: the synthetic images of SDA's first stage."""
 
 import math
-from collections import deque
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from sda_fast.diffusion import Schedule
-from sda_fast.diffusion.samplers import Denoiser, ancestral
+from sda_fast.diffusion.samplers import ReverseSteps
+from sda_fast.engines import DiTStep, Engine, Precision, create_engine
+from sda_fast.engines.batch_size import is_out_of_memory, smaller_batch
+from sda_fast.engines.runner import Runner
 from sda_fast.errors import SdaError
-from sda_fast.execution import Noise, batches
+from sda_fast.execution import Batch, Noise, batches
 from sda_fast.models.dit import DiT
+from sda_fast.ops import reverse_step
+
+# Steps whose conditioning is computed at a time, of each class by itself: a matrix product of always the same size, so
+# that an image does not depend, not even in last bits, on which classes are beside it.
+_STEPS_AT_ONCE = 25
 
 
 class Sampler:
     """Ancestral sampling of labelled images (Peebles & Xie 2023; 250 steps, no clipping).
 
     cfg_scale: strength of classifier-free guidance; 1.0, SDA's choice, runs the plain conditional model once per
-    step, anything else a doubled batch. batch_size: as in `Projector`. clip: clamp x_0 to [-1, 1] at every step,
-    which the original does not do on its latents and which suits models of pixels.
+    step, anything else a doubled batch. engine, precision, batch_size: as in `Projector`. clip: clamp x_0 to [-1, 1] at
+    every step, which the original does not do on its latents and which suits models of pixels.
     Raises SdaError for settings out of range.
     """
 
@@ -30,6 +36,8 @@ class Sampler:
         respacing: str = "250",
         cfg_scale: float = 1.0,
         clip: bool = False,
+        engine: str | Engine = "eager",
+        precision: Precision = "fp32",
         batch_size: int | None = None,
         seed: int = 0,
     ):
@@ -39,7 +47,9 @@ class Sampler:
             raise SdaError("this DiT has no null class, which guidance needs: use cfg_scale=1.0")
         if batch_size is not None and batch_size < 1:
             raise SdaError(f"batch_size={batch_size} is out of range: give at least 1")
-        self.dit, self.schedule, self.cfg_scale = dit.eval(), Schedule.linear(respacing), cfg_scale
+        step = DiTStep(dit, cfg_scale, precision)
+        self.network = Runner(step, create_engine(engine) if isinstance(engine, str) else engine)
+        self.dit, self.schedule, self.cfg_scale = dit, Schedule.linear(respacing), cfg_scale
         self.clip, self.batch_size, self.seed = clip, batch_size, seed
 
     def __call__(
@@ -67,22 +77,43 @@ class Sampler:
             raise SdaError(f"labels must be [N] integers from 0 to {dit.num_classes - 1}")
         blank = torch.empty(len(labels), dit.in_channels, dit.input_size, dit.input_size, device=device)
         source = Noise(blank, self.seed, seeds, noise, len(self.schedule) + 1)
-        results = [blank[:0]]
-        with torch.no_grad():
-            for part in batches(len(labels), self.batch_size):
-                y = part.take(labels)
-                denoiser, x = self._denoiser(y), source.first(part, part.take(blank))
-                steps = ancestral(denoiser, self.schedule, x, partial(source.draw, part), clip=self.clip)
-                results.append(deque(steps, maxlen=1).pop()[: part.real])
-        return torch.cat(results)
+        while True:
+            try:
+                results = [self._sample(part, labels, blank, source) for part in batches(len(labels), self.batch_size)]
+                return torch.cat([blank[:0], *results])
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.batch_size = smaller_batch(self.batch_size or len(labels), error)
+                self.network.forget()
 
-    def _denoiser(self, y: Tensor) -> Denoiser:
-        if self.cfg_scale == 1.0:
-            return lambda x, t: self.dit(x, t, y)
-        both = torch.cat([y, torch.full_like(y, self.dit.num_classes)])
+    @torch.no_grad()
+    def _sample(self, part: Batch, labels: Tensor, blank: Tensor, source: Noise) -> Tensor:
+        y, x = part.take(labels), source.first(part, part.take(blank))
+        steps = ReverseSteps(self.schedule, device=x.device)
+        conditioning = _Conditioning(self.dit, self.schedule, y, guided=self.cfg_scale != 1.0)
+        for k, position in enumerate(steps, 1):
+            (out,) = self.network(x, conditioning(len(steps) - k))
+            x = reverse_step(x, out, steps.table, position, clip=self.clip, **source.draw(part, k))
+        return x[: part.real]
 
-        def guided(x: Tensor, t: Tensor) -> Tensor:
-            out = self.dit.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), both, self.cfg_scale)
-            return out[: len(x)]
 
-        return guided
+class _Conditioning:
+    """What the DiT is told of every step and class of a batch, each computed once."""
+
+    def __init__(self, dit: DiT, schedule: Schedule, y: Tensor, guided: bool):
+        if guided:
+            y = torch.cat([y, torch.full_like(y, dit.num_classes)])  # the null class
+        self._classes, self._which = y.unique(return_inverse=True)
+        self._dit, self._timesteps = dit, schedule.timestep_map.to(y.device)
+        self._first, self._rows = len(schedule), torch.empty(0)
+
+    def __call__(self, i: int) -> Tensor:
+        """For the schedule's step i, which must come in falling order: `DiT.conditioning`, [N or 2N, K]."""
+        if i < self._first:
+            self._first = max(0, i + 1 - _STEPS_AT_ONCE)
+            timesteps = self._timesteps[self._first :][:_STEPS_AT_ONCE]
+            self._rows = torch.stack(
+                [self._dit.conditioning(timesteps, y.expand(len(timesteps))) for y in self._classes]
+            )
+        return self._rows[:, i - self._first].index_select(0, self._which)  # [classes, steps, K] -> [N, K]

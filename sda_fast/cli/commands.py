@@ -16,6 +16,8 @@ Workers = Annotated[int, typer.Option(help="Processes, of one CPU thread each; r
 Seed = Annotated[int, typer.Option(min=0, help="Key of all noise.")]
 BatchSize = Annotated[int, typer.Option(help="Images per network pass; changes last bits only.")]
 Decoder = Annotated[str, typer.Option(help="pillow (published pixels), dali or dali-gpu (JPEGs by NVIDIA DALI).")]
+Engine = Annotated[str, typer.Option(help="How the network runs: eager, inductor, onnx or trt.")]
+Precision = Annotated[str, typer.Option(help="Of the network: fp32, bf16 or fp16; its ends stay fp32.")]
 Preset = Annotated[str | None, typer.Option(help="How published weights are built, such as imagenet256.")]
 _CORES = os.cpu_count() or 1
 
@@ -41,6 +43,8 @@ def synthesize(
     respacing: Annotated[str, typer.Option(help="Sampling steps out of 1000.")] = "250",
     cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1.0 is none.")] = 1.0,
     clip: Annotated[bool, typer.Option("--clip", help="Clamp x_0 at every step (models of pixels).")] = False,
+    engine: Engine = "eager",
+    precision: Precision = "fp32",
     batch_size: BatchSize = 10,
     seed: Seed = 0,
     preset: Preset = None,
@@ -50,17 +54,27 @@ def synthesize(
 ) -> None:
     """Make labelled images with the class-conditional model, one folder per class."""
     from sda_fast.data import read_classes
+    from sda_fast.stages.config import build
     from sda_fast.stages.synthesize import SynthesizeSettings
     from sda_fast.stages.synthesize import synthesize as stage
     from sda_fast.weights import weights_path
 
+    values = {
+        "respacing": respacing,
+        "cfg_scale": cfg_scale,
+        "clip": clip,
+        "engine": engine,
+        "precision": precision,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     result = stage(
         output,
         weights_path(dit),
         per_class,
         read_classes(classes) if classes else None,
         only or None,
-        SynthesizeSettings(respacing, cfg_scale, clip, batch_size, seed),
+        build(SynthesizeSettings, values, "options of synthesize"),
         preset=preset,
         device=_check_device(device),
         workers=workers,
@@ -80,9 +94,9 @@ def align(
     scale: Annotated[float, typer.Option(help="w, the strength of the guidance.")] = 6.0,
     norm: Annotated[str, typer.Option(help="image (each by itself) or batch (as published).")] = "image",
     norm_group: Annotated[int, typer.Option(help="Images of a published batch: 10 in SDA, 4 in DDA.")] = 10,
-    engine: Annotated[str, typer.Option(help="How the network runs: eager.")] = "eager",
-    precision: Annotated[str, typer.Option(help="fp32.")] = "fp32",
-    batch_size: BatchSize = 10,
+    engine: Engine = "eager",
+    precision: Precision = "fp32",
+    batch_size: Annotated[str, typer.Option(help="Images per network pass, or auto: what memory allows.")] = "10",
     decoder: Decoder = "pillow",
     seed: Seed = 0,
     preset: Preset = None,
@@ -106,7 +120,7 @@ def align(
         "norm_group": norm_group,
         "engine": engine,
         "precision": precision,
-        "batch_size": batch_size,
+        "batch_size": int(batch_size) if batch_size.isdecimal() else batch_size,
         "decoder": decoder,
         "seed": seed,
     }

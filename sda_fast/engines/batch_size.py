@@ -7,6 +7,7 @@ import torch
 from sda_fast.engines.graph import trace
 from sda_fast.engines.memory import peak_bytes
 from sda_fast.engines.steps import Step
+from sda_fast.errors import SdaError
 
 
 def affordable_batch(step: Step, processes: int = 1, most: int = 64) -> int:
@@ -30,3 +31,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     told = str(error).lower()
     return any(words in told for words in ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc"))
+
+
+def smaller_batch(size: int, error: Exception, unit: int = 1) -> int:
+    """What to try after memory ran out for `size` images: half, as a multiple of `unit`.
+
+    Raises SdaError, from `error`, where there is nothing smaller.
+    """
+    half = size // 2 // unit * unit
+    if not half:
+        raise SdaError(
+            f"there is not enough memory for {size} image{'s' * (size > 1)} at a time: use a lower precision or a "
+            "device with more memory"
+        ) from error
+    return half

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sda_fast.engines.base import Engine, Program
@@ -24,6 +25,8 @@ class Runner:
     def forget(self) -> None:
         """Drop the programs and what memory they hold."""
         self._programs.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def describe(self) -> dict[str, Any]:
         """Of the latest program; the engine's name alone before the first call."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sda_fast.data import identity, to_uint8, write_png
+from sda_fast.engines import Precision
 from sda_fast.errors import SdaError
 from sda_fast.models import DiT, load_dit
 from sda_fast.sampler import Sampler
@@ -20,6 +21,8 @@ class SynthesizeSettings:
     respacing: str = "250"
     cfg_scale: float = 1.0
     clip: bool = False
+    engine: str = "eager"
+    precision: Precision = "fp32"
     batch_size: int = 10
     seed: int = 0
 

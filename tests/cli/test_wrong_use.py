@@ -85,7 +85,7 @@ CASES = {
     f"{ALIGN} --projection sdedit": "projection = 'sdedit' is not known; choose from dda, diffpure",
     f"{ALIGN} --norm group": "norm = 'group' is not known; choose from image, batch",
     f"{ALIGN} --engine turbo": "engine 'turbo' is not known; choose one of",
-    f"{ALIGN} --precision fp8": "precision 'fp8' is not known",
+    f"{ALIGN} --precision fp8": "precision = 'fp8' is not known; choose from fp32, bf16, fp16",
     f"{ALIGN} --decoder turbo": "decoder = 'turbo' is not known; choose from pillow, dali, dali-gpu",
     f"{EVALUATE} --decoder turbo": "decoder 'turbo' is not known; choose from pillow, dali, dali-gpu",
     f"{ALIGN} --device abacus": "device 'abacus' cannot be used on this machine (",
