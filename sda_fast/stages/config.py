@@ -126,9 +126,12 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
         if get_args(option) and value in get_args(option):  # a Literal
             return value
     choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
+    names = " or ".join(
+        _name(option) for option in options if option is not type(None) and get_origin(option) != Literal
+    )
     if choices:
-        raise SdaError(f"{where}: {key} = {value!r} is not known; choose from {', '.join(choices)}")
-    names = " or ".join(_name(option) for option in options if option is not type(None))
+        other = f" or give {names}" if names else ""
+        raise SdaError(f"{where}: {key} = {value!r} is not known; choose from {', '.join(choices)}{other}")
     raise SdaError(f"{where}: {key} = {value!r} is of another type; give {names}")
 
 

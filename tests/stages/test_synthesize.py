@@ -99,6 +99,8 @@ def test_the_manifest_says_what_was_done(tmp_path, tiny):
         "respacing": "10",
         "cfg_scale": 1.0,
         "clip": True,
+        "engine": "eager",
+        "precision": "fp32",
         "batch_size": 4,
         "seed": 0,
         "classes": list(tiny.classes),
