@@ -21,6 +21,7 @@ from sda_fast.data.prefetch import Prefetcher
 from sda_fast.data.quantize import to_uint8, to_unit
 from sda_fast.data.readers import DECODERS, Decoder, make_reader, reading_threads
 from sda_fast.data.watermarks import watermark
+from sda_fast.data.writer import Writer
 
 __all__ = [
     "CORRUPTIONS",
@@ -30,6 +31,7 @@ __all__ = [
     "EvaluationCrop",
     "ImageFile",
     "Prefetcher",
+    "Writer",
     "center_crop",
     "corrupt",
     "find_images",

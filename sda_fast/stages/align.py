@@ -14,6 +14,7 @@ from sda_fast.data import (
     DiffusionCrop,
     ImageFile,
     Prefetcher,
+    Writer,
     find_images,
     identity,
     list_images,
@@ -22,7 +23,6 @@ from sda_fast.data import (
     shown,
     to_uint8,
     to_unit,
-    write_png,
 )
 from sda_fast.diffusion.guidance import Norm
 from sda_fast.engines import Precision
@@ -167,7 +167,7 @@ def _make_work(
     model = load_adm(adm, preset).to(device)
     project = make_projection(model, settings, batch_size)
     reader = make_reader(settings.decoder, DiffusionCrop(model.image_size), threads)
-    read = Prefetcher(lambda keys: reader([files[key] for key in keys]), foreseen)
+    read, write = Prefetcher(lambda keys: reader([files[key] for key in keys]), foreseen), Writer()
 
     def work(keys: list[str]) -> Failures:
         cropped = dict(zip(keys, read(keys), strict=True))
@@ -177,11 +177,15 @@ def _make_work(
         if arrays:
             images = to_unit(np.stack(list(arrays.values()))).to(device)
             seeds = [identity("align", files[key].name) for key in arrays]
-            for key, array in zip(arrays, to_uint8(project(images, seeds=seeds), "round"), strict=True):
+            projected = to_uint8(project(images, seeds=seeds), "round")
+            write.flush()
+            for key, array in zip(arrays, projected, strict=True):
                 if not out.done(key):
-                    write_png(array, out.path(key))
+                    write(array, out.path(key))
             if project.batch_size != out.recorded().get("batch_size", batch_size):
                 out.record(batch_size=project.batch_size)  # memory ran out: a resumed run need not find out again
+        if not foreseen or keys == foreseen[-1]:
+            write.flush()
         return {files[key].name: reason for key, reason in reasons.items() if not out.done(key)}
 
     return work

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sda_fast.data import identity, to_uint8, write_png
+from sda_fast.data import Writer, identity, to_uint8
 from sda_fast.engines import Precision
 from sda_fast.errors import SdaError
 from sda_fast.models import DiT, load_dit
@@ -69,7 +69,7 @@ def synthesize(
     run_batches(
         todo,
         _make_work,
-        (dit, preset, settings, names, device, out),
+        (dit, preset, settings, names, device, out, todo[-1:] if workers == 1 else []),
         label="synthesis",
         total=len(keys),
         workers=workers,
@@ -106,13 +106,18 @@ def _make_work(
     names: list[str],
     device: str,
     out: Output,
+    last: list[list[str]],
 ) -> Work:
-    sampler = make_sampler(load_dit(dit, preset).to(device), settings)
+    sampler, write = make_sampler(load_dit(dit, preset).to(device), settings), Writer()
 
     def work(keys: list[str]) -> None:
         labels = [names.index(key.split("/")[0]) for key in keys]
         seeds = [identity("synthesize", key) for key in keys]
-        for key, array in zip(keys, to_uint8(sampler(labels, seeds=seeds), "truncate"), strict=True):
-            write_png(array, out.path(key))
+        arrays = to_uint8(sampler(labels, seeds=seeds), "truncate")
+        write.flush()
+        for key, array in zip(keys, arrays, strict=True):
+            write(array, out.path(key))
+        if not last or keys == last[0]:
+            write.flush()
 
     return work

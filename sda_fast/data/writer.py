@@ -1,0 +1,28 @@
+"""Writes the images of one batch while the network runs on the next."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from sda_fast.data.images import write_png
+
+_THREADS = 4  # compressing a PNG of 256x256 takes about 10 ms and does not hold Python's lock
+
+
+class Writer:
+    """Takes images and returns at once; at most what was given since the last `flush` is held."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="write")
+        self._waiting: list[Future[None]] = []
+
+    def __call__(self, array: np.ndarray, path: Path) -> None:
+        """Write a uint8 image [H, W, 3], whole or not at all."""
+        self._waiting.append(self._threads.submit(write_png, array, path))
+
+    def flush(self) -> None:
+        """Wait until everything is written. Raises what went wrong with the first image that could not be."""
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            future.result()
