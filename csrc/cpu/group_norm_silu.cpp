@@ -6,6 +6,7 @@
 
 #include "group_norm_silu_tiles.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace sda::cpu {
 namespace {
@@ -29,8 +30,6 @@ struct Statistics {
     float* mean;
     float* rstd;
 };
-
-int64_t bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 bool channels_last(const NormLayout& where) { return where.stride_spatial != 1; }
 
@@ -395,7 +394,7 @@ void backward_channels_last(int dtype, const Input& dy, const Input& x, const Ou
 
 int group_norm_silu(const void* x, void* y, float* mean, float* rstd, int dtype, const NormLayout& where_x,
                     const NormLayout& where_y, const NormParameters& parameters, double eps, int threads) {
-    if (dtype != kFloat32 && dtype != kBfloat16 && dtype != kFloat16) return kBadDtype;
+    if (!known(dtype)) return kBadDtype;
     if (!valid(where_x, parameters) || !same_kind(where_x, where_y)) return kBadArgument;
     const auto forward = channels_last(where_x) ? forward_channels_last : forward_contiguous;
     forward(dtype, {x, where_x}, {y, where_y}, {mean, rstd}, parameters, eps, threads);
@@ -405,7 +404,7 @@ int group_norm_silu(const void* x, void* y, float* mean, float* rstd, int dtype,
 int group_norm_silu_backward(const void* dy, const void* x, void* dx, const float* mean, const float* rstd,
                              int dtype, const NormLayout& where_dy, const NormLayout& where_x,
                              const NormLayout& where_dx, const NormParameters& parameters, int threads) {
-    if (dtype != kFloat32 && dtype != kBfloat16 && dtype != kFloat16) return kBadDtype;
+    if (!known(dtype)) return kBadDtype;
     if (!valid(where_x, parameters) || !same_kind(where_x, where_dy) || !same_kind(where_x, where_dx)) {
         return kBadArgument;
     }
