@@ -218,7 +218,7 @@ def test_result_keeps_gaps_and_layout():
 
 @pytest.mark.parametrize("kind", ["guided", "guided, drawn"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_an_image_is_alone_in_the_world(kind, layout):
+def test_an_image_is_alone_in_the_world(backend, kind, layout):
     args, kwargs = lay(layout, *problem((7, 3, 9, 11), torch.bfloat16, **KINDS[kind]))
     batch = reverse_step(*args, **kwargs)
 
