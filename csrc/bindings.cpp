@@ -106,8 +106,9 @@ void bind_reverse_step(py::module_& m) {
              }),
              py::arg("data"), py::arg("stride_image"), py::arg("stride_channel"), py::arg("stride_pixel"));
     py::class_<ReverseStep>(m, "ReverseStep")
-        .def(py::init([](int64_t images, int64_t channels, int64_t pixels, int dtype, bool learned, bool clip,
-                         const Pixels& x, const Pixels& out, const Pixels& noise, const Pixels& cotangent,
+        .def(py::init([](int64_t images, int64_t channels, int64_t pixels, int dtype,
+                         int through_network_dtype, bool learned, bool clip, const Pixels& x,
+                         const Pixels& out, const Pixels& noise, const Pixels& cotangent,
                          const Pixels& through_network, const Pixels& result, Address table, Address position,
                          Address identities, Address squares, int64_t steps, uint64_t seed, float scale,
                          bool joint, int64_t norm_group, int64_t real) {
@@ -115,6 +116,7 @@ void bind_reverse_step(py::module_& m) {
                                     channels,
                                     pixels,
                                     dtype,
+                                    through_network_dtype,
                                     learned,
                                     clip,
                                     x,
@@ -135,10 +137,11 @@ void bind_reverse_step(py::module_& m) {
                                     real};
              }),
              py::kw_only(), py::arg("images"), py::arg("channels"), py::arg("pixels"), py::arg("dtype"),
-             py::arg("learned"), py::arg("clip"), py::arg("x"), py::arg("out"), py::arg("noise"),
-             py::arg("cotangent"), py::arg("through_network"), py::arg("result"), py::arg("table"),
-             py::arg("position"), py::arg("identities"), py::arg("squares"), py::arg("steps"),
-             py::arg("seed"), py::arg("scale"), py::arg("joint"), py::arg("norm_group"), py::arg("real"));
+             py::arg("through_network_dtype"), py::arg("learned"), py::arg("clip"), py::arg("x"),
+             py::arg("out"), py::arg("noise"), py::arg("cotangent"), py::arg("through_network"),
+             py::arg("result"), py::arg("table"), py::arg("position"), py::arg("identities"),
+             py::arg("squares"), py::arg("steps"), py::arg("seed"), py::arg("scale"), py::arg("joint"),
+             py::arg("norm_group"), py::arg("real"));
     m.def(
         "reverse_step_cpu",
         [](const ReverseStep& step, int threads) { check(sda::cpu::reverse_step(step, threads)); },

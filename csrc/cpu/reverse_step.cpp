@@ -126,7 +126,8 @@ void step_at(const Place& where, const ReverseStep& s, const Coefficients& c, Bu
     float weight = 0.0f;
     if (s.cotangent.data != nullptr) {
         chunk.cotangent = read(buffers.cotangent, s.cotangent, s.dtype, where, channel);
-        chunk.through_network = read(buffers.through_network, s.through_network, s.dtype, where, channel);
+        chunk.through_network =
+            read(buffers.through_network, s.through_network, s.through_network_dtype, where, channel);
         weight = guidance_weight(s, where.image);
     }
     const int64_t element = at(s.result, where, channel);

@@ -61,10 +61,7 @@ def test_triton_specialises_launches_so(launches):
 
     kernel = {operator: compilation[0] for operator, compilation in launches}["to_uint8"]
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    x, out = (
-        module.image(3, module.DTYPES[1], module.FORMATS[1]),
-        module.image(3, module.torch.uint8, module.FORMATS[1]),
-    )
+    x, out = (module.image(3, dtype, torch.channels_last) for dtype in (torch.bfloat16, torch.uint8))
     values = dict(zip(kernel.arg_names, (out, x, 196608, 192, 3, 393216, 1, 6, False, 1024), strict=True))
     _, specialisation, _ = bind(*values.values())
     signature, constexprs = module.specialised(kernel, values)
