@@ -59,7 +59,8 @@ def reverse_step(
     from sda_fast.ops._pixels import strides
 
     half, noise = image(3, dtype, layout), None if drawn else x
-    tensors = dict(x=x, out=out, noise=noise, cotangent=half, through_network=half, result=x)
+    returned = x if drawn else half  # through_network comes in either dtype
+    tensors = dict(x=x, out=out, noise=noise, cotangent=half, through_network=returned, result=x)
     where = {name: (0, 0, 0) if t is None else tuple(strides(t, name)) for name, t in tensors.items()}
     numbers = dict(seed=1, clip=True, scale=6.0, joint=False, norm_group=10, real=16)
     vectors = dict(table=floats(100, 8), position=floats(2).long(), squares=floats(16))

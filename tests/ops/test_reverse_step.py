@@ -31,10 +31,8 @@ KINDS = {
 SHAPES = [(3, 3, 8, 8), (3, 3, 5, 7), (3, 1, 1, 1), (3, 4, 33, 35), (0, 3, 4, 4), (3, 3, 0, 4)]
 
 
-def problem(
-    shape, dtype, *, learned, guided=False, drawn=False, returned=None, index=37, seed=0, device="cpu", **settings
-):
-    """Arguments of reverse_step: (args, kwargs). returned: through_network's dtype, if not that of the others."""
+def problem(shape, dtype, *, learned, guided=False, drawn=False, index=37, seed=0, device="cpu", **settings):
+    """Arguments of reverse_step: (args, kwargs). `returned`: through_network's dtype, if not that of the others."""
     g = torch.Generator().manual_seed(seed)
     images, channels, *size = shape
 
@@ -43,11 +41,12 @@ def problem(
 
     args = (normal(channels, torch.float32), normal(channels * (1 + learned), dtype), TABLE.to(device))
     kwargs = dict(settings)
+    returned = kwargs.pop("returned", dtype)
     if "real" in kwargs:
         kwargs["real"] = min(kwargs["real"], images)
     if guided:
         squares = torch.rand(images, generator=g).mul(50).to(device)
-        kwargs |= dict(cotangent=normal(channels, dtype), through_network=normal(channels, returned or dtype))
+        kwargs |= dict(cotangent=normal(channels, dtype), through_network=normal(channels, returned))
         kwargs |= dict(squares=squares)
     noise = normal(channels, torch.float32)
     if drawn:
