@@ -254,29 +254,32 @@ void bind_group_norm_silu(py::module_& m) {
              }),
              py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("stride_scale"),
              py::arg("stride_shift"), py::arg("groups"), py::arg("silu"));
+    m.def("group_norm_silu_cpu_workspace", &sda::cpu::group_norm_silu_workspace, py::arg("where"));
     m.def(
         "group_norm_silu_cpu",
         [](Address x, Address y, Address mean, Address rstd, int dtype, const NormLayout& where_x,
-           const NormLayout& where_y, const NormParameters& parameters, double eps, int threads) {
+           const NormLayout& where_y, const NormParameters& parameters, double eps, Address workspace,
+           int threads) {
             check(sda::cpu::group_norm_silu(pointer<void>(x), pointer<void>(y), pointer<float>(mean),
                                             pointer<float>(rstd), dtype, where_x, where_y, parameters, eps,
-                                            threads));
+                                            pointer<void>(workspace), threads));
         },
         py::arg("x"), py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("dtype"), py::arg("where_x"),
-        py::arg("where_y"), py::arg("parameters"), py::arg("eps"), py::arg("threads"),
+        py::arg("where_y"), py::arg("parameters"), py::arg("eps"), py::arg("workspace"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "group_norm_silu_backward_cpu",
         [](Address dy, Address x, Address dx, Address mean, Address rstd, int dtype,
            const NormLayout& where_dy, const NormLayout& where_x, const NormLayout& where_dx,
-           const NormParameters& parameters, int threads) {
+           const NormParameters& parameters, Address workspace, int threads) {
             check(sda::cpu::group_norm_silu_backward(pointer<void>(dy), pointer<void>(x), pointer<void>(dx),
                                                      pointer<float>(mean), pointer<float>(rstd), dtype,
-                                                     where_dy, where_x, where_dx, parameters, threads));
+                                                     where_dy, where_x, where_dx, parameters,
+                                                     pointer<void>(workspace), threads));
         },
         py::arg("dy"), py::arg("x"), py::arg("dx"), py::arg("mean"), py::arg("rstd"), py::arg("dtype"),
         py::arg("where_dy"), py::arg("where_x"), py::arg("where_dx"), py::arg("parameters"),
-        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+        py::arg("workspace"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace

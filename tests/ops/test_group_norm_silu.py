@@ -394,7 +394,9 @@ def test_writes_every_element_and_no_other(layout):
     parameters = _core.NormParameters(weight.data_ptr(), bias.data_ptr(), 0, 0, 0, 0, 4, True)
     layouts = [_core.NormLayout(*norm_layout(t, "t")) for t in (x, wide[::2])]
     pointers = [t.data_ptr() for t in (x, wide, mean, rstd)]
-    _core.group_norm_silu_cpu(*pointers, _core.float32, *layouts, parameters, 1e-5, 1)
+    workspace = torch.full((_core.group_norm_silu_cpu_workspace(layouts[0]),), 255, dtype=torch.uint8)
+    assert (workspace.numel() == 0) == (layout == "contiguous")
+    _core.group_norm_silu_cpu(*pointers, _core.float32, *layouts, parameters, 1e-5, workspace.data_ptr(), 1)
     assert torch.equal(wide[::2], group_norm_silu(x, weight, bias, 4))
     assert mean.isfinite().all()
     assert rstd.isfinite().all()
@@ -402,7 +404,8 @@ def test_writes_every_element_and_no_other(layout):
     wide.fill_(float("nan"))
     pointers = [t.data_ptr() for t in (x, x, wide, mean, rstd)]
     layouts = [layouts[0], *layouts]
-    _core.group_norm_silu_backward_cpu(*pointers, _core.float32, *layouts, parameters, 1)
+    workspace.fill_(255)
+    _core.group_norm_silu_backward_cpu(*pointers, _core.float32, *layouts, parameters, workspace.data_ptr(), 1)
     assert wide[::2].isfinite().all()
     assert wide[1::2].isnan().all()
 
