@@ -12,7 +12,7 @@
 namespace sda::cpu {
 namespace {
 
-constexpr int64_t kChunk = 1024;           // elements at a time: what is read stays in the cache
+constexpr int64_t kChunk = 256;            // elements at a time: what is read stays in the cache
 constexpr int64_t kGrainElements = 65536;  // worth a thread
 constexpr int64_t kDrawnElements = 4 * kDrawnBlocks;
 
@@ -134,6 +134,7 @@ void step_at(const Place& where, const ReverseStep& s, const Coefficients& c, Bu
     const Row row = row_of(s.result, where);
     chunk.result = row.side_by_side() ? static_cast<float*>(s.result.data) + element : buffers.result;
     chunk.count = where.count * where.lanes;
+    if (row.side_by_side()) prefetch_to_write(chunk.result + chunk.count, chunk.count);
     compute(chunk, c, s.clip, weight);
     if (chunk.result == buffers.result) write_row(s.result.data, kFloat32, element, row, buffers.result);
 }
