@@ -120,4 +120,5 @@ def _demangled(names: list[str]) -> list[str]:
     if done.returncode or len(lines) != len(names):
         return names
     noise = r"^void |\((anonymous namespace|bool|int|long|unsigned int|unsigned long)\)(::)?|<unnamed>::|\b\w+::"
-    return [re.sub(noise, "", line).split("(")[0] for line in lines]
+    short = [re.sub(noise, "", line) for line in lines]
+    return [re.sub(r"\(\w+\)(?=\d)", "", name).split("(")[0] for name in short]  # "(Order)0" is 0

@@ -34,7 +34,8 @@ class Case:
     """One measurement: `run` against `baseline`, allowed only if `error()` stays within `tolerance`.
 
     bytes: what the operator must read and write, counted from its shapes. error: the largest difference of `run`'s
-    result from the float32 oracle, in the unit that `tolerance` is given in. flops: where arithmetic is the limit.
+    result from the oracle, absolute or relative as the script says, and `tolerance` what is allowed of it. flops: where
+    arithmetic is the limit.
     """
 
     op: str
@@ -67,7 +68,7 @@ def main(cases: Callable[[str, bool], Iterable[Case]]) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true", help="small shapes, 3 repeats: does it run at all?")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=10.0, help="stop repeating a case then (3 repeats at least)")
     parser.add_argument("--output", type=Path, help="folder that takes the rows")
     options = parser.parse_args()
@@ -108,7 +109,7 @@ def measure(case: Case, device: str, repeats: int, seconds: float = float("inf")
         return row
     calls = [case.run] if case.baseline is None else [case.run, case.baseline]
     ours, *theirs = interleaved(calls, device, repeats, seconds)
-    p20, p50, p80 = statistics.quantiles(ours, n=10, method="inclusive")[1::3] if len(ours) > 1 else (ours[0],) * 3
+    p20, p50, p80 = _quantiles(ours)
     rate = case.bytes / p50 / 1e6
     row |= {"repeats": len(ours), "p20": p20, "p50": p50, "p80": p80, "bytes": case.bytes, "gb_per_s": rate}
     copy = copy_rate(device, torch.get_num_threads())
@@ -116,15 +117,28 @@ def measure(case: Case, device: str, repeats: int, seconds: float = float("inf")
     if case.flops:
         row |= {"flops": case.flops, "tflop_per_s": case.flops / p50 / 1e9}
     if theirs:
-        median = statistics.median(theirs[0])
-        row |= {"baseline": case.baseline_name, "baseline_p50": median, "speedup": median / p50}
+        row |= {"baseline": case.baseline_name, "baseline_p50": statistics.median(theirs[0])}
+        row |= dict(zip(("speedup_p20", "speedup", "speedup_p80"), _quantiles(ratios(ours, theirs[0])), strict=True))
     return row
+
+
+def ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    """The speed-up of every pair of measurements taken next to each other: both saw the machine in the same mood."""
+    return [other / own for own, other in zip(ours, theirs, strict=True)]
+
+
+def _quantiles(values: list[float]) -> tuple[float, float, float]:
+    """p20, p50, p80."""
+    p20, p50, p80 = statistics.quantiles(values, n=10, method="inclusive")[1::3] if len(values) > 1 else values * 3
+    return p20, p50, p80
 
 
 def interleaved(
     calls: list[Callable[[], Any]], device: str, repeats: int, seconds: float = float("inf")
 ) -> list[list[float]]:
     """Milliseconds of each call with cold caches, taken in turn so that a drifting machine favours none.
+
+    The order turns round with every repeat, so that none always comes behind the same neighbour.
 
     Stops after `seconds`, but not before MIN_REPEATS.
     """
@@ -136,7 +150,8 @@ def interleaved(
     for done in range(repeats):
         if done >= MIN_REPEATS and time.perf_counter() - begin > seconds:
             break
-        for taken, call in zip(times, calls, strict=True):
+        order = list(zip(times, calls, strict=True))
+        for taken, call in order if done % 2 == 0 else reversed(order):
             flush.zero_()
             taken.append(_milliseconds(call, device))
     return times
@@ -209,5 +224,6 @@ def _line(row: dict[str, Any]) -> str:
     if "tflop_per_s" in row:
         text += f"  {row['tflop_per_s']:.2f} TFLOP/s"
     if "speedup" in row:
-        text += f"  {row['speedup']:.2f}x {row['baseline']}"
-    return f"{text}  (error {row['error']:.1e})"
+        spread = f"{row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}"
+        text += f"  {row['speedup']:.2f}x {row['baseline']} ({spread})"
+    return f"{text}  error {row['error']:.1e}, allowed {row['tolerance']:.1e}"

@@ -2,9 +2,10 @@
 
     python benchmarks/resources.py [--output benchmarks/results/kernels.json]
 
-Compiles the specialisations that `compilations()` of every module in kernels/ names, and every file of csrc/cuda, for
-sm_80 and sm_90. Prints a table, writes the rows, exits with 1 on any spill or stack frame. Without nvcc the CUDA
-files are named as not compiled, and the exit status is 1 too.
+Compiles the specialisations that `compilations()` of every module in kernels/ names, those that launches at the shapes
+of ADM-256 ask for (launches.py), and every file of csrc/cuda, for sm_80 and sm_90. Prints a table, writes the rows,
+exits with 1 on any spill or stack frame. Without nvcc the CUDA files are named as not compiled, and the exit status is
+1 too.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compilation import CAPABILITIES, ROOT, compile_cuda, compile_triton, triton_kernels
+from launches import launches
 
 COLUMNS = ("source", "sm", "function", "specialisation", "registers", "shared", "spills", "stack")
 
@@ -41,14 +43,27 @@ def main() -> None:
 
 
 def triton_rows() -> Iterator[dict[str, Any]]:
-    for operator, (kernel, signature, constexprs, options) in triton_kernels():
-        dtypes = dict.fromkeys(kind.lstrip("*").split(":")[0] for kind in signature.values() if kind.startswith("*"))
-        numbers = [f"{name}={value}" for name, value in constexprs.items()]
+    for operator, (kernel, signature, constexprs, options) in [*triton_kernels(), *launches()]:
         for capability in CAPABILITIES:
             _, resources = compile_triton(kernel, signature, constexprs, capability, **options)
-            warps = f"warps={options.get('num_warps', 4)}"
-            named = {"function": kernel.__name__, "specialisation": " ".join([*dtypes, *numbers, warps])}
-            yield {"source": f"kernels/{operator}.py", "sm": capability, **named, **_numbers(resources)}
+            source, function, specialisation = name_of(operator, kernel, signature, constexprs, options)
+            named = {"function": function, "specialisation": specialisation}
+            yield {"source": source, "sm": capability, **named, **_numbers(resources)}
+
+
+def name_of(
+    operator: str, kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], options: dict[str, Any]
+) -> tuple[str, str, str]:
+    """(source, function, specialisation) of a row."""
+    dtypes = dict.fromkeys(kind.lstrip("*").split(":")[0] for kind in signature.values() if kind.startswith("*"))
+    constants = [f"{name}={value}" for name, value in constexprs.items() if name.isupper()]
+    absent = [f"no {name.removeprefix('p_')}" for name, value in constexprs.items() if value is None]
+    # Strides and sizes as they are, a one or a multiple of 16, rather than any.
+    known = any(value == 1 and not name.isupper() for name, value in constexprs.items()) or any(
+        kind.endswith(":16") and not kind.startswith("*") for kind in signature.values()
+    )
+    words = [*dtypes, *constants, *absent, *["ADM-256"] * known, f"warps={options.get('num_warps', 4)}"]
+    return f"kernels/{operator}.py", kernel.__name__, " ".join(words)
 
 
 def cuda_rows() -> Iterator[dict[str, Any]]:

@@ -106,8 +106,9 @@ void bind_reverse_step(py::module_& m) {
              }),
              py::arg("data"), py::arg("stride_image"), py::arg("stride_channel"), py::arg("stride_pixel"));
     py::class_<ReverseStep>(m, "ReverseStep")
-        .def(py::init([](int64_t images, int64_t channels, int64_t pixels, int dtype, bool learned, bool clip,
-                         const Pixels& x, const Pixels& out, const Pixels& noise, const Pixels& cotangent,
+        .def(py::init([](int64_t images, int64_t channels, int64_t pixels, int dtype,
+                         int through_network_dtype, bool learned, bool clip, const Pixels& x,
+                         const Pixels& out, const Pixels& noise, const Pixels& cotangent,
                          const Pixels& through_network, const Pixels& result, Address table, Address position,
                          Address identities, Address squares, int64_t steps, uint64_t seed, float scale,
                          bool joint, int64_t norm_group, int64_t real) {
@@ -115,6 +116,7 @@ void bind_reverse_step(py::module_& m) {
                                     channels,
                                     pixels,
                                     dtype,
+                                    through_network_dtype,
                                     learned,
                                     clip,
                                     x,
@@ -135,10 +137,11 @@ void bind_reverse_step(py::module_& m) {
                                     real};
              }),
              py::kw_only(), py::arg("images"), py::arg("channels"), py::arg("pixels"), py::arg("dtype"),
-             py::arg("learned"), py::arg("clip"), py::arg("x"), py::arg("out"), py::arg("noise"),
-             py::arg("cotangent"), py::arg("through_network"), py::arg("result"), py::arg("table"),
-             py::arg("position"), py::arg("identities"), py::arg("squares"), py::arg("steps"),
-             py::arg("seed"), py::arg("scale"), py::arg("joint"), py::arg("norm_group"), py::arg("real"));
+             py::arg("through_network_dtype"), py::arg("learned"), py::arg("clip"), py::arg("x"),
+             py::arg("out"), py::arg("noise"), py::arg("cotangent"), py::arg("through_network"),
+             py::arg("result"), py::arg("table"), py::arg("position"), py::arg("identities"),
+             py::arg("squares"), py::arg("steps"), py::arg("seed"), py::arg("scale"), py::arg("joint"),
+             py::arg("norm_group"), py::arg("real"));
     m.def(
         "reverse_step_cpu",
         [](const ReverseStep& step, int threads) { check(sda::cpu::reverse_step(step, threads)); },
@@ -251,29 +254,32 @@ void bind_group_norm_silu(py::module_& m) {
              }),
              py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("stride_scale"),
              py::arg("stride_shift"), py::arg("groups"), py::arg("silu"));
+    m.def("group_norm_silu_cpu_workspace", &sda::cpu::group_norm_silu_workspace, py::arg("where"));
     m.def(
         "group_norm_silu_cpu",
         [](Address x, Address y, Address mean, Address rstd, int dtype, const NormLayout& where_x,
-           const NormLayout& where_y, const NormParameters& parameters, double eps, int threads) {
+           const NormLayout& where_y, const NormParameters& parameters, double eps, Address workspace,
+           int threads) {
             check(sda::cpu::group_norm_silu(pointer<void>(x), pointer<void>(y), pointer<float>(mean),
                                             pointer<float>(rstd), dtype, where_x, where_y, parameters, eps,
-                                            threads));
+                                            pointer<void>(workspace), threads));
         },
         py::arg("x"), py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("dtype"), py::arg("where_x"),
-        py::arg("where_y"), py::arg("parameters"), py::arg("eps"), py::arg("threads"),
+        py::arg("where_y"), py::arg("parameters"), py::arg("eps"), py::arg("workspace"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "group_norm_silu_backward_cpu",
         [](Address dy, Address x, Address dx, Address mean, Address rstd, int dtype,
            const NormLayout& where_dy, const NormLayout& where_x, const NormLayout& where_dx,
-           const NormParameters& parameters, int threads) {
+           const NormParameters& parameters, Address workspace, int threads) {
             check(sda::cpu::group_norm_silu_backward(pointer<void>(dy), pointer<void>(x), pointer<void>(dx),
                                                      pointer<float>(mean), pointer<float>(rstd), dtype,
-                                                     where_dy, where_x, where_dx, parameters, threads));
+                                                     where_dy, where_x, where_dx, parameters,
+                                                     pointer<void>(workspace), threads));
         },
         py::arg("dy"), py::arg("x"), py::arg("dx"), py::arg("mean"), py::arg("rstd"), py::arg("dtype"),
         py::arg("where_dy"), py::arg("where_x"), py::arg("where_dx"), py::arg("parameters"),
-        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+        py::arg("workspace"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace

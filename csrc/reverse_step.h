@@ -12,6 +12,7 @@
 
 #include "exponential.h"
 #include "pixels.h"
+#include "status.h"
 #include "step_table.h"
 
 namespace sda {
@@ -21,8 +22,9 @@ struct ReverseStep {
     int64_t images;
     int64_t channels;
     int64_t pixels;
-    int dtype;     // of out, cotangent and through_network; x, noise and result are float32
-    bool learned;  // out holds v behind eps: twice the channels
+    int dtype;                  // of out and cotangent; x, noise and result are float32
+    int through_network_dtype;  // dtype or float32, in which autograd delivers it
+    bool learned;               // out holds v behind eps: twice the channels
     bool clip;
     Pixels x, out, noise, cotangent, through_network, result;  // noise and the guidance may be absent
     const float* table;                                        // [steps, kStepColumns]
@@ -40,8 +42,9 @@ struct ReverseStep {
 constexpr int64_t kMaxImageElements = int64_t{1} << 30;
 
 inline bool valid(const ReverseStep& s) {
-    return s.images >= 0 && s.channels >= 0 && s.pixels >= 0 && s.norm_group >= 1 && s.real >= 0 &&
-           s.real <= s.images && (s.pixels == 0 || s.channels <= kMaxImageElements / s.pixels);
+    return (s.through_network_dtype == s.dtype || s.through_network_dtype == kFloat32) && s.images >= 0 &&
+           s.channels >= 0 && s.pixels >= 0 && s.norm_group >= 1 && s.real >= 0 && s.real <= s.images &&
+           (s.pixels == 0 || s.channels <= kMaxImageElements / s.pixels);
 }
 
 struct Coefficients {

@@ -6,10 +6,10 @@
     x_{t-1} = mean + sigma z + scale w (a cotangent - b through_network)
 
 Shapes: x, z (given, or drawn here) and x_{t-1} float32 [N, C, pixels], cotangent and through_network the same in the
-dtype of out [N, C or 2C, pixels] = eps, v; all in any strides. w is computed from squares [N], the coefficients are
-row position[0] of table [steps, 8]. Bytes moved per element: 8, 4 if noise is given, and those of out's dtype once for
-each of eps, v, cotangent and through_network. Source: Ho et al. 2020, algorithm 2; Nichol and Dhariwal 2021, equation
-15; Gao et al. 2023, algorithm 1.
+dtype of out [N, C or 2C, pixels] = eps, v, the last also in float32; all in any strides. w is computed from squares
+[N], the coefficients are row position[0] of table [steps, 8]. Bytes moved per element: 8, 4 if noise is given, and
+those of out's dtype once for each of eps, v, cotangent and through_network. Source: Ho et al. 2020, algorithm 2; Nichol
+and Dhariwal 2021, equation 15; Gao et al. 2023, algorithm 1.
 
 The order of operations is that of csrc/reverse_step.h. Without fused products and sums (`enable_fp_fusion=False`,
 always passed) the result has the same bits as the C++ and CUDA versions.

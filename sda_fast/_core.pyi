@@ -71,6 +71,7 @@ class ReverseStep:
         channels: int,
         pixels: int,
         dtype: int,
+        through_network_dtype: int,
         learned: bool,
         clip: bool,
         x: Pixels,
@@ -91,6 +92,56 @@ class ReverseStep:
         real: int,
     ) -> None: ...
 
+class NormLayout:
+    """A batch seen as [images, channels, spatial], strides in elements (csrc/cpu/group_norm_silu.h)."""
+
+    def __init__(
+        self, images: int, channels: int, spatial: int, stride_image: int, stride_channel: int, stride_spatial: int
+    ) -> None: ...
+
+class NormParameters:
+    """Addresses of float32 vectors, of which scale and shift may be 0 (csrc/cpu/group_norm_silu.h)."""
+
+    def __init__(
+        self,
+        weight: int,
+        bias: int,
+        scale: int,
+        shift: int,
+        stride_scale: int,
+        stride_shift: int,
+        groups: int,
+        silu: bool,
+    ) -> None: ...
+
+def group_norm_silu_cpu_workspace(where: NormLayout) -> int: ...
+def group_norm_silu_cpu(
+    x: int,
+    y: int,
+    mean: int,
+    rstd: int,
+    dtype: int,
+    where_x: NormLayout,
+    where_y: NormLayout,
+    parameters: NormParameters,
+    eps: float,
+    workspace: int,
+    threads: int,
+) -> None: ...
+def group_norm_silu_backward_cpu(
+    dy: int,
+    x: int,
+    dx: int,
+    mean: int,
+    rstd: int,
+    dtype: int,
+    where_dy: NormLayout,
+    where_x: NormLayout,
+    where_dx: NormLayout,
+    parameters: NormParameters,
+    workspace: int,
+    threads: int,
+) -> None: ...
 def reverse_step_cpu(step: ReverseStep, threads: int) -> None: ...
 def to_uint8_cpu(
     out: int, x: Pixels, dtype: int, images: int, channels: int, pixels: int, truncate: bool, threads: int

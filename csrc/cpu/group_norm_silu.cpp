@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "group_norm_silu_tiles.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace sda::cpu {
 namespace {
@@ -14,6 +14,7 @@ constexpr int64_t kFolded = 128;             // lanes whose moments are folded i
 constexpr int64_t kSummed = 64;              // lanes of a channel whose sums are folded
 constexpr int64_t kSpan = int64_t{1} << 18;  // elements of a channels_last image that are summed together
 constexpr int64_t kGrain = 65536;            // elements worth a thread
+constexpr int kNumbers = 3, kLetters = 5;    // of a channel at most, for every span and for the whole image
 
 struct Input {
     const void* data;
@@ -29,8 +30,6 @@ struct Statistics {
     float* mean;
     float* rstd;
 };
-
-int64_t bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 bool channels_last(const NormLayout& where) { return where.stride_spatial != 1; }
 
@@ -216,16 +215,26 @@ void backward_contiguous(int dtype, const Input& dy, const Input& x, const Outpu
 // A few numbers of every channel for each span of each image, zero at first.
 class Partials {
   public:
-    Partials(const NormLayout& where, int numbers)
+    static int64_t spans_of(const NormLayout& where) {
+        const int64_t pixels = std::max<int64_t>(1, kSpan / where.channels);
+        return (where.spatial + pixels - 1) / pixels;
+    }
+    static int64_t size_of(const NormLayout& where, int numbers) {
+        return where.images * spans_of(where) * where.channels * numbers;
+    }
+
+    Partials(const NormLayout& where, int numbers, float* memory)
         : channels(where.channels),
           pixels(std::max<int64_t>(1, kSpan / where.channels)),
-          spans((where.spatial + pixels - 1) / pixels),
+          spans(spans_of(where)),
           spatial(where.spatial),
           size_(where.images * spans * channels),
-          values_(static_cast<size_t>(size_ * numbers)) {}
+          values_(memory) {
+        std::fill(values_, values_ + size_ * numbers, 0.0f);
+    }
 
-    float* number(int which, int64_t n, int64_t span) {
-        return &values_[static_cast<size_t>(which * size_ + (n * spans + span) * channels)];
+    float* number(int which, int64_t n, int64_t span) const {
+        return values_ + which * size_ + (n * spans + span) * channels;
     }
     int64_t count(int64_t span) const { return std::min(pixels, spatial - span * pixels); }
 
@@ -233,24 +242,28 @@ class Partials {
 
   private:
     int64_t size_;
-    std::vector<float> values_;
+    float* values_;
 };
 
-// Coefficients of every channel of every image, and room for `letters` of them.
+// Coefficients of every channel of every image, in memory for kLetters of them.
 class ChannelCoefficients {
   public:
-    ChannelCoefficients(const NormLayout& where, int letters)
-        : channels_(where.channels), size_(where.images * where.channels), values_(size_ * letters) {}
+    ChannelCoefficients(const NormLayout& where, float* memory)
+        : channels_(where.channels), size_(where.images * where.channels), values_(memory) {}
 
-    float* letter(int which, int64_t n, int64_t c) { return &values_[which * size_ + n * channels_ + c]; }
-    Coefficients forward(int64_t n, int64_t c) { return {letter(0, n, c), letter(1, n, c), letter(2, n, c)}; }
-    Coefficients backward(int64_t n, int64_t c) {
+    float* letter(int which, int64_t n, int64_t c) const {
+        return values_ + which * size_ + n * channels_ + c;
+    }
+    Coefficients forward(int64_t n, int64_t c) const {
+        return {letter(0, n, c), letter(1, n, c), letter(2, n, c)};
+    }
+    Coefficients backward(int64_t n, int64_t c) const {
         return {letter(0, n, c), letter(1, n, c), letter(2, n, c), letter(3, n, c), letter(4, n, c)};
     }
 
   private:
     int64_t channels_, size_;
-    std::vector<float> values_;
+    float* values_;
 };
 
 // Calls body(first pixel, first channel, tile, rows before it) on the tiles of a span.
@@ -293,11 +306,11 @@ void in_stages(const NormLayout& where, int64_t spans, int threads, const First&
 }
 
 void forward_channels_last(int dtype, const Input& x, const Output& y, const Statistics& s,
-                           const NormParameters& p, double eps, int threads) {
+                           const NormParameters& p, double eps, float* workspace, int threads) {
     const int64_t size = x.where.channels / p.groups, pitch_x = x.where.stride_spatial;
     const int64_t pitch_y = y.where.stride_spatial;
-    Partials partials(x.where, 3);
-    ChannelCoefficients coefficients(x.where, 3);
+    const Partials partials(x.where, 3, workspace);
+    const ChannelCoefficients coefficients(x.where, workspace + Partials::size_of(x.where, 3));
     const auto moments = [&](int64_t n, int64_t span) {
         float* base = partials.number(0, n, span);
         float* offset = partials.number(1, n, span);
@@ -343,11 +356,11 @@ void forward_channels_last(int dtype, const Input& x, const Output& y, const Sta
 }
 
 void backward_channels_last(int dtype, const Input& dy, const Input& x, const Output& dx, const Statistics& s,
-                            const NormParameters& p, int threads) {
+                            const NormParameters& p, float* workspace, int threads) {
     const int64_t size = x.where.channels / p.groups, pitch_x = x.where.stride_spatial;
     const int64_t pitch_dy = dy.where.stride_spatial, pitch_dx = dx.where.stride_spatial;
-    Partials partials(x.where, 2);
-    ChannelCoefficients coefficients(x.where, 5);
+    const Partials partials(x.where, 2, workspace);
+    const ChannelCoefficients coefficients(x.where, workspace + Partials::size_of(x.where, 2));
     for (int64_t n = 0; n < x.where.images; ++n) {
         for (int64_t c = 0; c < x.where.channels; ++c) {
             const int64_t item = n * p.groups + c / size;
@@ -393,26 +406,46 @@ void backward_channels_last(int dtype, const Input& dy, const Input& x, const Ou
 
 }  // namespace
 
+int64_t group_norm_silu_workspace(const NormLayout& where) {
+    if (!channels_last(where) || where.images <= 0 || where.channels <= 0 || where.spatial <= 0) return 0;
+    const int64_t floats = Partials::size_of(where, kNumbers) + where.images * where.channels * kLetters;
+    return floats * static_cast<int64_t>(sizeof(float));
+}
+
 int group_norm_silu(const void* x, void* y, float* mean, float* rstd, int dtype, const NormLayout& where_x,
-                    const NormLayout& where_y, const NormParameters& parameters, double eps, int threads) {
-    if (dtype != kFloat32 && dtype != kBfloat16 && dtype != kFloat16) return kBadDtype;
+                    const NormLayout& where_y, const NormParameters& parameters, double eps, void* workspace,
+                    int threads) {
+    if (!known(dtype)) return kBadDtype;
     if (!valid(where_x, parameters) || !same_kind(where_x, where_y)) return kBadArgument;
-    const auto forward = channels_last(where_x) ? forward_channels_last : forward_contiguous;
-    forward(dtype, {x, where_x}, {y, where_y}, {mean, rstd}, parameters, eps, threads);
+    const Input from{x, where_x};
+    const Output to{y, where_y};
+    if (channels_last(where_x)) {
+        forward_channels_last(dtype, from, to, {mean, rstd}, parameters, eps, static_cast<float*>(workspace),
+                              threads);
+    } else {
+        forward_contiguous(dtype, from, to, {mean, rstd}, parameters, eps, threads);
+    }
     return kOk;
 }
 
 int group_norm_silu_backward(const void* dy, const void* x, void* dx, const float* mean, const float* rstd,
                              int dtype, const NormLayout& where_dy, const NormLayout& where_x,
-                             const NormLayout& where_dx, const NormParameters& parameters, int threads) {
-    if (dtype != kFloat32 && dtype != kBfloat16 && dtype != kFloat16) return kBadDtype;
+                             const NormLayout& where_dx, const NormParameters& parameters, void* workspace,
+                             int threads) {
+    if (!known(dtype)) return kBadDtype;
     if (!valid(where_x, parameters) || !same_kind(where_x, where_dy) || !same_kind(where_x, where_dx)) {
         return kBadArgument;
     }
-    const auto backward = channels_last(where_x) ? backward_channels_last : backward_contiguous;
     // The backward pass only reads the statistics.
     const Statistics statistics{const_cast<float*>(mean), const_cast<float*>(rstd)};
-    backward(dtype, {dy, where_dy}, {x, where_x}, {dx, where_dx}, statistics, parameters, threads);
+    const Input cotangent{dy, where_dy}, from{x, where_x};
+    const Output to{dx, where_dx};
+    if (channels_last(where_x)) {
+        backward_channels_last(dtype, cotangent, from, to, statistics, parameters,
+                               static_cast<float*>(workspace), threads);
+    } else {
+        backward_contiguous(dtype, cotangent, from, to, statistics, parameters, threads);
+    }
     return kOk;
 }
 

@@ -37,14 +37,19 @@ struct NormParameters {
     bool silu;
 };
 
+// Bytes of workspace, aligned for float32, that either function needs for images with this layout.
+int64_t group_norm_silu_workspace(const NormLayout& where);
+
 // Writes y and the statistics float32 [images, groups]. x and y have dtype code `dtype`, the same sizes and
 // the same kind of layout. The result does not depend on `threads`, nor an image's on the other ones.
 int group_norm_silu(const void* x, void* y, float* mean, float* rstd, int dtype, const NormLayout& where_x,
-                    const NormLayout& where_y, const NormParameters& parameters, double eps, int threads);
+                    const NormLayout& where_y, const NormParameters& parameters, double eps, void* workspace,
+                    int threads);
 
 // Writes the gradient with respect to x, from that with respect to y and the statistics.
 int group_norm_silu_backward(const void* dy, const void* x, void* dx, const float* mean, const float* rstd,
                              int dtype, const NormLayout& where_dy, const NormLayout& where_x,
-                             const NormLayout& where_dx, const NormParameters& parameters, int threads);
+                             const NormLayout& where_dx, const NormParameters& parameters, void* workspace,
+                             int threads);
 
 }  // namespace sda::cpu

@@ -1,12 +1,13 @@
 #include "guidance.h"
 
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
 
-#include "../narrow.h"
 #include "../step_table.h"
 #include "clones.h"
 #include "parallel.h"
+#include "rows.h"
 
 // One channel of an image, or all of them interleaved as channels_last has them, is one item of work. Its
 // rows are then `width` = n * lanes floats side by side, and the same loops over them serve both. All of an
@@ -22,22 +23,6 @@ constexpr int64_t kGrainElements = 65536;  // worth a thread
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // -- Loops over rows ---------------------------------------------------------------------------------------
-
-SDA_CLONES void widen_bfloat16(float* to, const Bfloat16* from, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-}
-
-SDA_CLONES void widen_float16(float* to, const Float16* from, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-}
-
-SDA_CLONES void narrow_bfloat16(Bfloat16* to, const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = narrow<Bfloat16>(from[i]);
-}
-
-SDA_CLONES void narrow_float16(Float16* to, const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = narrow<Float16>(from[i]);
-}
 
 SDA_CLONES void predict(float* x0, uint8_t* mask, const float* x, const float* eps, float a, float b,
                         int64_t count) {
@@ -246,59 +231,29 @@ struct Item {
     int64_t image, channel;  // of several interleaved channels the first
 };
 
-// The values of one row as float32: where they lie, if they lie side by side, else in the buffer.
-template <class T>
-const float* gather(float* buffer, const T* row, const ImageStrides& strides, const Shape& s) {
-    for (int64_t c = 0; c < s.lanes; ++c) {
-        const T* from = row + c * strides.channel;
-        for (int64_t w = 0; w < s.size; ++w) buffer[w * s.lanes + c] = widen(from[w * strides.column]);
-    }
-    return buffer;
+int64_t at(const ImageStrides& strides, const Item& item, int64_t h) {
+    return item.image * strides.image + item.channel * strides.channel + h * strides.row;
 }
 
-const float* read_row(float* buffer, const void* data, int dtype, const ImageStrides& strides,
-                      const Item& item, int64_t h, const Shape& s) {
-    const int64_t offset = item.image * strides.image + item.channel * strides.channel + h * strides.row;
-    const bool side_by_side = strides.column == s.lanes && (s.lanes == 1 || strides.channel == 1);
-    if (dtype == kFloat32) {
-        const float* row = static_cast<const float*>(data) + offset;
-        return side_by_side ? row : gather(buffer, row, strides, s);
-    }
-    if (dtype == kBfloat16) {
-        const Bfloat16* row = static_cast<const Bfloat16*>(data) + offset;
-        if (!side_by_side) return gather(buffer, row, strides, s);
-        widen_bfloat16(buffer, row, s.width);
-    } else {
-        const Float16* row = static_cast<const Float16*>(data) + offset;
-        if (!side_by_side) return gather(buffer, row, strides, s);
-        widen_float16(buffer, row, s.width);
-    }
-    return buffer;
-}
-
-void write_x0(const GuidanceTensors& t, const float* row, const Item& item, int64_t h, const Shape& s) {
-    const ImageStrides& strides = t.x0_strides;
-    float* to = t.x0 + item.image * strides.image + item.channel * strides.channel + h * strides.row;
-    for (int64_t c = 0; c < s.lanes; ++c) {
-        for (int64_t w = 0; w < s.size; ++w) {
-            to[c * strides.channel + w * strides.column] = row[w * s.lanes + c];
-        }
-    }
+Row row_of(const ImageStrides& strides, const Shape& s) {
+    return {s.size, s.lanes, strides.column, strides.channel};
 }
 
 // x0 and its mask, and P x0 into `tall`, in one pass over x and eps.
 void reduce_rows(const GuidanceTensors& t, const Shape& s, const Item& item, Scratch& m) {
     const auto [a, b] = prediction_of(t);
+    const Row x_row = row_of(t.x_strides, s), out_row = row_of(t.out_strides, s);
+    const Row x0_row = row_of(t.x0_strides, s);
     std::fill(m.tall, m.tall + s.low * s.width, 0.0f);
     for (int64_t q = 1; q <= s.low + 1; ++q) {
         const int64_t first = std::max<int64_t>(0, s.factor * q - lead(s.factor));
         const int64_t last = std::min(s.size, s.factor * (q + 1) - lead(s.factor));
         for (int64_t h = first; h < last; ++h) {
-            const float* x = read_row(m.x_row, t.x, kFloat32, t.x_strides, item, h, s);
-            const float* eps = read_row(m.eps_row, t.out, t.dtype, t.out_strides, item, h, s);
+            const float* x = read_row(m.x_row, t.x, kFloat32, at(t.x_strides, item, h), x_row);
+            const float* eps = read_row(m.eps_row, t.out, t.dtype, at(t.out_strides, item, h), out_row);
             float* x0 = m.x0_rows + (h - first) * s.width;
             predict(x0, m.mask + h * s.width, x, eps, a, b, s.width);
-            if (t.x0 != nullptr) write_x0(t, x0, item, h, s);
+            if (t.x0 != nullptr) write_row(t.x0, kFloat32, at(t.x0_strides, item, h), x0_row, x0);
         }
         for (int64_t r = std::max<int64_t>(0, q - 3); r <= std::min(q, s.low - 1); ++r) {
             add_rows(m.tall + r * s.width, m.x0_rows, t.down + r * s.size + first, last - first, s.width);
@@ -368,11 +323,7 @@ void spread_rows(const GuidanceTensors& t, const Shape& s, const Item& item, Scr
             continue;
         }
         spread(m.cotangent_row, rows, weights, mask, s.width);
-        if (t.dtype == kBfloat16) {
-            narrow_bfloat16(static_cast<Bfloat16*>(t.cotangent) + offset, m.cotangent_row, s.width);
-        } else {
-            narrow_float16(static_cast<Float16*>(t.cotangent) + offset, m.cotangent_row, s.width);
-        }
+        write_row(t.cotangent, t.dtype, offset, {s.width, 1, 1, 0}, m.cotangent_row);
     }
 }
 
@@ -396,7 +347,7 @@ int64_t guidance_workspace(const GuidanceTensors& t, int threads) {
 }
 
 int guidance(const GuidanceTensors& t, void* workspace, int threads) {
-    if (t.dtype != kFloat32 && t.dtype != kBfloat16 && t.dtype != kFloat16) return kBadDtype;
+    if (!known(t.dtype)) return kBadDtype;
     if (!valid(t)) return kBadArgument;
     const Shape s(t);
     const int64_t items = items_of(t, s), planes = t.channels / s.lanes, slots = slots_of(t, s, threads);
@@ -405,18 +356,17 @@ int guidance(const GuidanceTensors& t, void* workspace, int threads) {
     float* sums = reinterpret_cast<float*>(base);
     base += round_up(items * static_cast<int64_t>(sizeof(float)), kAlignment);
     const int64_t scratch_bytes = Scratch().carve(s, nullptr);
-    // A slot is a share of the items and a scratch of its own; there are as many as threads.
-    parallel_for(slots, 1, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t slot = begin; slot < end; ++slot) {
-            Scratch scratch;
-            scratch.carve(s, base + slot * scratch_bytes);
-            scratch.prepare(s, t);
-            for (int64_t i = items * slot / slots; i < items * (slot + 1) / slots; ++i) {
-                const Item item{i / planes, i % planes};
-                reduce_rows(t, s, item, scratch);
-                sums[i] = filter(t, s, item, scratch);
-                spread_rows(t, s, item, scratch);
-            }
+    // A slot is a scratch and whoever computes with it; there are as many as threads.
+    std::atomic<int64_t> next{0};
+    for_tasks(slots, slots, [&](int64_t slot) {
+        Scratch scratch;
+        scratch.carve(s, base + slot * scratch_bytes);
+        scratch.prepare(s, t);
+        for (int64_t i = next++; i < items; i = next++) {
+            const Item item{i / planes, i % planes};
+            reduce_rows(t, s, item, scratch);
+            sums[i] = filter(t, s, item, scratch);
+            spread_rows(t, s, item, scratch);
         }
     });
     for (int64_t n = 0; n < t.images; ++n) {

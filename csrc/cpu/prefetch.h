@@ -17,4 +17,13 @@ inline void prefetch(const char* data, int64_t count) {
 #endif
 }
 
+// The same for floats that will be written.
+inline void prefetch_to_write(const float* data, int64_t count) {
+#if defined(__GNUC__)
+    for (int64_t i = 0; i < count; i += kCacheLine / 4) __builtin_prefetch(data + i, 1);
+#else
+    (void)data, (void)count;
+#endif
+}
+
 }  // namespace sda::cpu

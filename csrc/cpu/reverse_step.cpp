@@ -2,26 +2,24 @@
 
 #include <algorithm>
 
-#include "../half.h"
 #include "../status.h"
 #include "clones.h"
 #include "parallel.h"
 #include "philox_normal.h"
 #include "prefetch.h"
+#include "rows.h"
 
 namespace sda::cpu {
 namespace {
 
-constexpr int64_t kChunk = 1024;           // pixels of one channel at a time: what is read stays in the cache
+constexpr int64_t kChunk = 256;            // elements at a time: what is read stays in the cache
 constexpr int64_t kGrainElements = 65536;  // worth a thread
 constexpr int64_t kDrawnElements = 4 * kDrawnBlocks;
-
-int64_t bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // Room for one chunk of everything that is not float32 side by side in memory.
 struct Buffers {
     float x[kChunk], eps[kChunk], v[kChunk], cotangent[kChunk], through_network[kChunk], result[kChunk];
-    float noise[kChunk + 2 * kDrawnElements];
+    float noise[kChunk], drawn[kChunk + 2 * kDrawnElements];
 };
 
 // What one chunk is computed from, float32 side by side; v, noise and the guidance's two may be null.
@@ -78,100 +76,92 @@ SDA_CLONES void compute(const Chunk& k, Coefficients c, bool clip, float weight)
     }
 }
 
-SDA_CLONES void widen_bfloat16(float* to, const Bfloat16* from, int64_t count, int64_t stride) {
-    if (stride == 1) {
-        for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-    } else {
-        for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i * stride]);
-    }
+// Some pixels of an image, `lanes` channels from `channel` on: all that lie interleaved in the result, or
+// one.
+struct Place {
+    int64_t image, channel, pixel;
+    int64_t count, lanes;
+};
+
+int64_t at(const Pixels& tensor, const Place& where, int64_t channel) {
+    return where.image * tensor.stride_image + channel * tensor.stride_channel +
+           where.pixel * tensor.stride_pixel;
 }
 
-SDA_CLONES void widen_float16(float* to, const Float16* from, int64_t count, int64_t stride) {
-    if (stride == 1) {
-        for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-    } else {
-        for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i * stride]);
-    }
+Row row_of(const Pixels& tensor, const Place& where) {
+    return {where.count, where.lanes, tensor.stride_pixel, tensor.stride_channel};
 }
 
-// `count` values from `element` on, as float32: where they lie, if they lie side by side, else in the buffer.
-// Those of the next chunk are asked for meanwhile: the processor's own prefetching stops at every page.
-const float* read(float* buffer, const Pixels& from, int dtype, int64_t element, int64_t count) {
-    prefetch(static_cast<const char*>(from.data) + (element + count * from.stride_pixel) * bytes(dtype),
-             count * from.stride_pixel * bytes(dtype));
-    if (dtype == kBfloat16) {
-        widen_bfloat16(buffer, static_cast<const Bfloat16*>(from.data) + element, count, from.stride_pixel);
-        return buffer;
+// The values of a place, from `channel` on. Those of the next place are asked for meanwhile: the processor's
+// own prefetching stops at every page.
+const float* read(float* buffer, const Pixels& from, int dtype, const Place& where, int64_t channel) {
+    const int64_t element = at(from, where, channel), length = where.count * from.stride_pixel;
+    prefetch(static_cast<const char*>(from.data) + (element + length) * bytes(dtype), length * bytes(dtype));
+    return read_row(buffer, from.data, dtype, element, row_of(from, where));
+}
+
+// The noise of a place. A channel's elements follow each other; in `drawn` there is room for one of them.
+const float* draw(float* buffer, float* drawn, const ReverseStep& s, const Place& where) {
+    for (int64_t c = 0; c < where.lanes; ++c) {
+        const int64_t first = (where.channel + c) * s.pixels + where.pixel, block = first / 4;
+        draw_normals(drawn, block, (first + where.count + 3) / 4 - block, s.seed,
+                     static_cast<uint32_t>(s.position[1]), static_cast<uint64_t>(s.identities[where.image]));
+        const float* noise = drawn + first % 4;
+        if (where.lanes == 1) return noise;
+        for (int64_t i = 0; i < where.count; ++i) buffer[i * where.lanes + c] = noise[i];
     }
-    if (dtype == kFloat16) {
-        widen_float16(buffer, static_cast<const Float16*>(from.data) + element, count, from.stride_pixel);
-        return buffer;
-    }
-    const float* data = static_cast<const float*>(from.data) + element;
-    if (from.stride_pixel == 1) return data;
-    for (int64_t i = 0; i < count; ++i) buffer[i] = data[i * from.stride_pixel];
     return buffer;
 }
 
-int64_t at(const Pixels& tensor, int64_t n, int64_t channel, int64_t pixel) {
-    return n * tensor.stride_image + channel * tensor.stride_channel + pixel * tensor.stride_pixel;
-}
-
-// The noise of `count` elements of image n, from the logical element `first` on.
-const float* draw(float* buffer, const ReverseStep& s, int64_t n, int64_t first, int64_t count) {
-    const int64_t block = first / 4;
-    draw_normals(buffer, block, (first + count + 3) / 4 - block, s.seed, static_cast<uint32_t>(s.position[1]),
-                 static_cast<uint64_t>(s.identities[n]));
-    return buffer + first % 4;
-}
-
-void step_chunk(const ReverseStep& s, const Coefficients& c, float weight, int64_t n, int64_t channel,
-                int64_t pixel, int64_t count, Buffers& buffers) {
-    float* target = static_cast<float*>(s.result.data) + at(s.result, n, channel, pixel);
-    float* result = s.result.stride_pixel == 1 ? target : buffers.result;
-    const auto half = [&](float* buffer, const Pixels& from, int64_t first) {
-        return read(buffer, from, s.dtype, at(from, n, first, pixel), count);
-    };
+void step_at(const Place& where, const ReverseStep& s, const Coefficients& c, Buffers& buffers) {
+    const int64_t channel = where.channel;
     Chunk chunk{};
-    chunk.x = read(buffers.x, s.x, kFloat32, at(s.x, n, channel, pixel), count);
-    chunk.eps = half(buffers.eps, s.out, channel);
+    chunk.x = read(buffers.x, s.x, kFloat32, where, channel);
+    chunk.eps = read(buffers.eps, s.out, s.dtype, where, channel);
     if (c.noise_scale != 0.0f) {
-        chunk.noise = s.noise.data != nullptr
-                          ? read(buffers.noise, s.noise, kFloat32, at(s.noise, n, channel, pixel), count)
-                          : draw(buffers.noise, s, n, channel * s.pixels + pixel, count);
-        if (s.learned) chunk.v = half(buffers.v, s.out, s.channels + channel);
+        chunk.noise = s.noise.data != nullptr ? read(buffers.noise, s.noise, kFloat32, where, channel)
+                                              : draw(buffers.noise, buffers.drawn, s, where);
+        if (s.learned) chunk.v = read(buffers.v, s.out, s.dtype, where, s.channels + channel);
     }
+    float weight = 0.0f;
     if (s.cotangent.data != nullptr) {
-        chunk.cotangent = half(buffers.cotangent, s.cotangent, channel);
-        chunk.through_network = half(buffers.through_network, s.through_network, channel);
+        chunk.cotangent = read(buffers.cotangent, s.cotangent, s.dtype, where, channel);
+        chunk.through_network =
+            read(buffers.through_network, s.through_network, s.through_network_dtype, where, channel);
+        weight = guidance_weight(s, where.image);
     }
-    chunk.result = result;
-    chunk.count = count;
+    const int64_t element = at(s.result, where, channel);
+    const Row row = row_of(s.result, where);
+    chunk.result = row.side_by_side() ? static_cast<float*>(s.result.data) + element : buffers.result;
+    chunk.count = where.count * where.lanes;
+    if (row.side_by_side()) prefetch_to_write(chunk.result + chunk.count, chunk.count);
     compute(chunk, c, s.clip, weight);
-    if (result == buffers.result) {
-        for (int64_t i = 0; i < count; ++i) target[i * s.result.stride_pixel] = result[i];
-    }
+    if (chunk.result == buffers.result) write_row(s.result.data, kFloat32, element, row, buffers.result);
+}
+
+// The channels to compute together: all of them where they lie side by side in the result, else one.
+int64_t lanes_of(const ReverseStep& s) {
+    const bool interleaved = s.result.stride_channel == 1 && s.result.stride_pixel != 1;
+    return interleaved && s.channels <= kChunk / 4 ? s.channels : 1;
 }
 
 }  // namespace
 
 int reverse_step(const ReverseStep& s, int threads) {
-    if (s.dtype != kFloat32 && s.dtype != kBfloat16 && s.dtype != kFloat16) return kBadDtype;
+    if (!known(s.dtype)) return kBadDtype;
     if (!valid(s)) return kBadArgument;
     const Coefficients c = coefficients(s);
-    // An item is a range of pixels with all channels, which lie side by side in channels_last.
-    const int64_t chunks = (s.pixels + kChunk - 1) / kChunk;
-    const int64_t grain = kGrainElements / (kChunk * std::max<int64_t>(1, s.channels));
+    // An item is a range of pixels with all channels, of which an interleaved tensor has parts of one cache
+    // line.
+    const int64_t lanes = lanes_of(s), pixels = kChunk / std::max<int64_t>(1, lanes) / 4 * 4;
+    const int64_t chunks = (s.pixels + pixels - 1) / pixels;
+    const int64_t grain = kGrainElements / (pixels * std::max<int64_t>(1, s.channels));
     parallel_for(s.images * chunks, std::max<int64_t>(1, grain), threads, [&](int64_t begin, int64_t end) {
         Buffers buffers;
         for (int64_t item = begin; item < end; ++item) {
-            const int64_t n = item / chunks;
-            const int64_t pixel = item % chunks * kChunk;
-            const int64_t count = std::min(kChunk, s.pixels - pixel);
-            const float weight = s.cotangent.data != nullptr ? guidance_weight(s, n) : 0.0f;
-            for (int64_t channel = 0; channel < s.channels; ++channel) {
-                step_chunk(s, c, weight, n, channel, pixel, count, buffers);
-            }
+            const int64_t pixel = item % chunks * pixels;
+            Place where{item / chunks, 0, pixel, std::min(pixels, s.pixels - pixel), lanes};
+            for (; where.channel < s.channels; where.channel += lanes) step_at(where, s, c, buffers);
         }
     });
     return kOk;

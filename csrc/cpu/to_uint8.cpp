@@ -6,6 +6,7 @@
 #include "../status.h"
 #include "clones.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace sda::cpu {
 namespace {
@@ -69,7 +70,7 @@ SDA_CLONES void interleave3(uint8_t* __restrict__ to, const uint8_t* __restrict_
 
 int to_uint8(uint8_t* out, const Pixels& x, int dtype, int64_t images, int64_t channels, int64_t pixels,
              bool truncate, int threads) {
-    if (dtype != kFloat32 && dtype != kBfloat16 && dtype != kFloat16) return kBadDtype;
+    if (!known(dtype)) return kBadDtype;
     if (images < 0 || channels < 0 || pixels < 0) return kBadArgument;
     const int64_t chunks = (pixels + kChunk - 1) / kChunk;
     const int64_t grain = std::max<int64_t>(1, kGrainElements / (kChunk * std::max<int64_t>(1, channels)));

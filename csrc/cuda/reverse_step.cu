@@ -73,9 +73,9 @@ __device__ __forceinline__ void load(float* to, const Pixels& from, int64_t n, i
 
 // One thread makes four elements of an image. Per element it reads x, eps and what else is given once and
 // writes four bytes: with learned variance, given noise and guidance 12 bytes and 4 times the size of out's
-// dtype. The result may lie where x does, hence no __restrict__: a thread reads its elements before it writes
-// them.
-template <class T, Order kOrder>
+// dtype (T; U is that of through_network). The result may lie where x does, hence no __restrict__: a thread
+// reads its elements before it writes them.
+template <class T, class U, Order kOrder>
 __global__ void __launch_bounds__(kThreads) step(ReverseStep s) {
     const int channels = static_cast<int>(s.channels);
     const int pixels = static_cast<int>(s.pixels);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) step(ReverseStep s) {
         if (s.learned) load<T, kOrder>(v, s.out, n, channels, thread, e);
         if (guided) {
             load<T, kOrder>(cotangent, s.cotangent, n, 0, thread, e);
-            load<T, kOrder>(through_network, s.through_network, n, 0, thread, e);
+            load<U, kOrder>(through_network, s.through_network, n, 0, thread, e);
         }
         if (!drawn) {
             load<float, kOrder>(noise, s.noise, n, 0, thread, e);
@@ -144,12 +144,12 @@ bool flat(const Pixels& tensor, int64_t pixels, int64_t size) {
             reinterpret_cast<uintptr_t>(tensor.data) % (4 * size) == 0);
 }
 
-template <class T>
+template <class T, class U>
 void launch(const ReverseStep& s, bool vectors, cudaStream_t stream) {
     const int64_t threads = (s.channels * s.pixels + 3) / 4;
     const dim3 grid(static_cast<unsigned>((threads + kThreads - 1) / kThreads),
                     static_cast<unsigned>(std::min(s.images, kMaxGridY)));
-    auto* kernel = vectors ? step<T, kFlat> : step<T, kStrided>;
+    auto* kernel = vectors ? step<T, U, kFlat> : step<T, U, kStrided>;
     kernel<<<grid, kThreads, 0, stream>>>(s);
 }
 
@@ -160,17 +160,18 @@ int reverse_step(const ReverseStep& s, void* stream) {
     if (!valid(s)) return kBadArgument;
     if (s.images == 0 || s.channels == 0 || s.pixels == 0) return kOk;
     const int64_t size = s.dtype == kFloat32 ? 4 : 2;
+    const bool wide = s.through_network_dtype == kFloat32;
     const bool vectors = s.channels * s.pixels % 4 == 0 && flat(s.x, s.pixels, 4) &&
                          flat(s.out, s.pixels, size) && flat(s.noise, s.pixels, 4) &&
-                         flat(s.cotangent, s.pixels, size) && flat(s.through_network, s.pixels, size) &&
-                         flat(s.result, s.pixels, 4);
+                         flat(s.cotangent, s.pixels, size) &&
+                         flat(s.through_network, s.pixels, wide ? 4 : size) && flat(s.result, s.pixels, 4);
     const auto where = static_cast<cudaStream_t>(stream);
     if (s.dtype == kFloat32) {
-        launch<float>(s, vectors, where);
+        launch<float, float>(s, vectors, where);
     } else if (s.dtype == kBfloat16) {
-        launch<Bfloat16>(s, vectors, where);
+        (wide ? launch<Bfloat16, float> : launch<Bfloat16, Bfloat16>)(s, vectors, where);
     } else {
-        launch<Float16>(s, vectors, where);
+        (wide ? launch<Float16, float> : launch<Float16, Float16>)(s, vectors, where);
     }
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? kOk : kCudaErrorBase + static_cast<int>(error);

@@ -56,7 +56,8 @@ def reverse_step(
     noise: z, float32 [N, C, H, W]; or
     seed, identities: z is drawn inside, with the bits of `philox_normal`: seed in [0, 2^64), identities [N] as there.
     cotangent, through_network: [N, C, H, W] in out's dtype, the masked S(d) and its vector-Jacobian product through
-        eps; both and `squares` or none.
+        eps, which may also be float32, as autograd returns it; both and `squares` or none. What overflowed in float16
+        is infinite here, and so is the result.
     squares: float32 [N], ||phi(d)||^2.
     scale, norm, norm_group, real: norm="image": w = 1 / sqrt(norm_group squares); norm="batch": one over the root of
         the sum of squares over the `norm_group` consecutive images an image belongs to. Zero where the norm is zero.
@@ -225,6 +226,7 @@ def _fill(
             channels=x.shape[1],
             pixels=x.shape[2] * x.shape[3],
             dtype=dtype_code(out.dtype),
+            through_network_dtype=dtype_code(out.dtype if through_network is None else through_network.dtype),
             learned=out.shape[1] > x.shape[1],
             **{name: pixels(tensor, name) for name, tensor in tensors.items()},
             **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in vectors.items()},
@@ -260,10 +262,11 @@ def _check_images(
         )
     others = dict(noise=noise, result=result, cotangent=cotangent, through_network=through_network)
     for name, tensor in others.items():
-        dtype = torch.float32 if name in ("noise", "result") else out.dtype
-        if tensor is not None and (tensor.shape != x.shape or tensor.dtype != dtype):
+        dtypes = {"cotangent": [out.dtype], "through_network": [torch.float32, out.dtype]}.get(name, [torch.float32])
+        if tensor is not None and (tensor.shape != x.shape or tensor.dtype not in dtypes):
+            wanted = " or ".join(map(str, dict.fromkeys(dtypes)))
             raise SdaError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; reverse_step needs {dtype} {tuple(x.shape)}."
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; reverse_step needs {wanted} {tuple(x.shape)}."
             )
     for name, tensor in dict(x=x, out=out, **others).items():
         if tensor is not None:

@@ -15,6 +15,8 @@ sys.path.append(str(ROOT / "benchmarks"))  # it is no package: its scripts find 
 
 import compilation as compilation_module  # noqa: E402  (found by the line above)
 
+from sda_fast import ops  # noqa: E402
+
 # Triton reads this when a kernel is defined. Kernels are compiled here, and interpreted in other processes.
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -22,6 +24,21 @@ os.environ.pop("TRITON_INTERPRET", None)
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture(params=["cpp", "plain"])
+def backend(request):
+    """Runs the test once on each backend of the CPU."""
+    with ops.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def empty_is_nan():
+    """Outputs and workspaces hold NaN, or the largest integer, before they are written: whoever forgets one is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 INTERPRETER = """
@@ -39,6 +56,7 @@ def convert(values, source, target, rounding):
     return torch.from_numpy(values.copy()).bfloat16().view(torch.uint16).numpy()
 
 interpreter._convert_float = convert
+torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
 results = []
 with ops.backend("triton"):
     for module, function, args, kwargs in torch.load(sys.argv[1]):

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sda_fast import _core, ops
 from sda_fast.errors import SdaError
+from sda_fast.models import ADM
+from sda_fast.models.checkpoints import ADM_PRESETS
 from sda_fast.ops.group_norm_silu import group_norm_silu, norm_layout
 from sda_fast.reference import group_norm_silu as plain
 
@@ -24,7 +27,12 @@ CASES = [
     ((1, 6, 61, 47), 1),
     ((1, 640, 5, 3), 2),
 ]
+# (C, side) of every norm in the ADM of 256 x 256 pixels.
+ADM_SHAPES = [(256, side) for side in (64, 128, 256)] + [(512, side) for side in (16, 32, 64, 128, 256)]
+ADM_SHAPES += [(768, 64), (768, 128), *((1024, side) for side in (8, 16, 32, 64))]
+ADM_SHAPES += [(1536, 16), (1536, 32), (2048, 8), (2048, 16)]
 # What the interpreter, which is slow, can do in seconds.
+ADM_INTERPRETED = [(1024, 8), (2048, 8), (512, 16)]
 SMALL_CASES = [((2, 16, 4, 4), 8), ((1, 24, 7, 5), 8), ((2, 8, 1, 1), 8), ((1, 520, 3, 3), 1), ((1, 4, 60, 40), 2)]
 
 KINDS = ["large mean", "outlier first", "constant", "large half"]
@@ -107,6 +115,54 @@ def test_cpp(dtype, layout):
             check(args, y, dx, gradient[0])
 
 
+class Norms(TorchDispatchMode):
+    """Notes the (C, side) of every image that is normalised."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "group_norm" in str(function) and args[0].dim() == 4:
+            self.shapes.add(tuple(args[0].shape[1:3]))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_shapes_of_the_adm_are_known():
+    norms = Norms()
+    with torch.device("meta"), torch.no_grad(), norms:
+        ADM(**ADM_PRESETS["imagenet256"])(torch.empty(1, 3, 256, 256), torch.empty(1, dtype=torch.int64))
+    assert norms.shapes == set(ADM_SHAPES)
+
+
+def octet(channels, side, dtype, layout):
+    """Arguments for 4 of 32 groups, and for all of them: eight times the same ones."""
+    x, weight, bias, _, eps, scale, shift, silu = arguments((1, channels // 8, side, side), 4, dtype)
+    part = (x, weight, bias, 4, eps, scale, shift, silu)
+    whole = [t.repeat(*[1] * (t.dim() > 1), 8, *[1] * (t.dim() - 2)) for t in (x, weight, bias, scale, shift)]
+    x, weight, bias, scale, shift = whole
+    return part, (x.contiguous(memory_format=LAYOUTS[layout]), weight, bias, 32, eps, scale, shift, silu)
+
+
+def check_octet(part, y, dx):
+    """The tolerance rule for the first 4 groups, and the same bits in all the others."""
+    channels = part[0].shape[1]
+    _, mean, rstd = forward(*part)
+    check(part, y[:, :channels], dx[:, :channels], backward_arguments(part, mean, rstd)[0])
+    for result in (y, dx):
+        first, *others = result.contiguous().split(channels, dim=1)
+        assert len(others) == 7
+        assert all(torch.equal(other, first) for other in others)
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("contiguous", torch.float32), ("channels_last", torch.bfloat16)])
+@pytest.mark.parametrize(("channels", "side"), ADM_SHAPES)
+def test_cpp_at_the_shapes_of_the_adm(channels, side, layout, dtype):
+    part, whole = octet(channels, side, dtype, layout)
+    y, mean, rstd = forward(*whole)
+    check_octet(part, y, backward(*backward_arguments(whole, mean, rstd)))
+
+
 @pytest.fixture(scope="module")
 def interpreted(interpret):
     """By name: the arguments, (y, mean, rstd), the arguments of the backward pass, dx; in two processes in all."""
@@ -123,6 +179,8 @@ def triton_cases():
             yield ("small", *case, layout), arguments(*case, layout=layout)
         yield ("half", layout), arguments(*SMALL_CASES[1], torch.float16, layout, modulated=False)
         yield ("bfloat16", layout), arguments(*SMALL_CASES[0], torch.bfloat16, layout, silu=layout == "contiguous")
+    for channels, side in ADM_INTERPRETED:
+        yield ("adm", channels, side), octet(channels, side, torch.bfloat16, "channels_last")[1]
     for kind in KINDS:
         yield ("hard", kind), hard(kind, 4)
     for name in ("apart", "channels_last slice", "channels_last tokens"):
@@ -134,23 +192,18 @@ def triton_cases():
 
 def test_triton(interpreted):
     for name, (args, (y, mean, rstd), gradient, dx) in interpreted.items():
-        if name[0] in ("small", "half", "view"):
+        if name[0] in ("small", "half", "bfloat16", "view"):
             _, expected_mean, expected_rstd = forward(*args)
             assert error(mean, expected_mean) < 1e-6
             assert error(rstd / expected_rstd, torch.ones(1)) < 1e-6
             check(args, y, dx, gradient[0])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_triton_bfloat16(interpreted, layout):
-    """The interpreter cuts bfloat16 off where a GPU rounds: one last place instead of half of one."""
-    args, (y, _, _), gradient, dx = interpreted["bfloat16", layout]
-    with ops.backend("plain"):
-        exact_y, _, _ = forward(*(a.float() if isinstance(a, torch.Tensor) else a for a in args))
-        exact_dx = backward(*(a.float() if isinstance(a, torch.Tensor) else a for a in gradient))
-    for ours, exactly in ((y, exact_y), (dx, exact_dx)):
-        assert ours.dtype == torch.bfloat16
-        assert ((ours.float() - exactly).abs() <= exactly.abs() * 2.0**-7 + TINY).all()
+@pytest.mark.parametrize(("channels", "side"), ADM_INTERPRETED)
+def test_triton_at_the_shapes_of_the_adm(interpreted, channels, side):
+    part, _ = octet(channels, side, torch.bfloat16, "channels_last")
+    _, (y, _, _), _, dx = interpreted["adm", channels, side]
+    check_octet(part, y, dx)
 
 
 def test_hard_numbers_in_triton(interpreted):
@@ -256,7 +309,7 @@ def test_plain_backward_is_autograds():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(7, 64, 9, 5), (7, 32, 128, 80)])
-def test_an_image_is_alone_in_the_world(shape, layout):
+def test_an_image_is_alone_in_the_world(backend, shape, layout):
     x, weight, bias, *rest, scale, shift, silu = arguments(shape, 32, torch.bfloat16, layout)
 
     def both(order):
@@ -341,7 +394,9 @@ def test_writes_every_element_and_no_other(layout):
     parameters = _core.NormParameters(weight.data_ptr(), bias.data_ptr(), 0, 0, 0, 0, 4, True)
     layouts = [_core.NormLayout(*norm_layout(t, "t")) for t in (x, wide[::2])]
     pointers = [t.data_ptr() for t in (x, wide, mean, rstd)]
-    _core.group_norm_silu_cpu(*pointers, _core.float32, *layouts, parameters, 1e-5, 1)
+    workspace = torch.full((_core.group_norm_silu_cpu_workspace(layouts[0]),), 255, dtype=torch.uint8)
+    assert (workspace.numel() == 0) == (layout == "contiguous")
+    _core.group_norm_silu_cpu(*pointers, _core.float32, *layouts, parameters, 1e-5, workspace.data_ptr(), 1)
     assert torch.equal(wide[::2], group_norm_silu(x, weight, bias, 4))
     assert mean.isfinite().all()
     assert rstd.isfinite().all()
@@ -349,7 +404,8 @@ def test_writes_every_element_and_no_other(layout):
     wide.fill_(float("nan"))
     pointers = [t.data_ptr() for t in (x, x, wide, mean, rstd)]
     layouts = [layouts[0], *layouts]
-    _core.group_norm_silu_backward_cpu(*pointers, _core.float32, *layouts, parameters, 1)
+    workspace.fill_(255)
+    _core.group_norm_silu_backward_cpu(*pointers, _core.float32, *layouts, parameters, workspace.data_ptr(), 1)
     assert wide[::2].isfinite().all()
     assert wide[1::2].isnan().all()
 

@@ -24,6 +24,7 @@ KINDS = {
     "guided, drawn": dict(learned=True, guided=True, drawn=True, scale=6.0),
     "joint norm, padded": dict(learned=True, guided=True, scale=6.0, norm="batch", norm_group=2, real=2),
     "fixed variance": dict(learned=False, guided=True, scale=3.0, norm_group=10),
+    "guided in float32": dict(learned=True, guided=True, scale=6.0, returned=torch.float32),
     "unguided": dict(learned=True, clip=False, drawn=True),
     "unguided, fixed": dict(learned=False),
 }
@@ -31,7 +32,7 @@ SHAPES = [(3, 3, 8, 8), (3, 3, 5, 7), (3, 1, 1, 1), (3, 4, 33, 35), (0, 3, 4, 4)
 
 
 def problem(shape, dtype, *, learned, guided=False, drawn=False, index=37, seed=0, device="cpu", **settings):
-    """Arguments of reverse_step: (args, kwargs)."""
+    """Arguments of reverse_step: (args, kwargs). `returned`: through_network's dtype, if not that of the others."""
     g = torch.Generator().manual_seed(seed)
     images, channels, *size = shape
 
@@ -40,11 +41,13 @@ def problem(shape, dtype, *, learned, guided=False, drawn=False, index=37, seed=
 
     args = (normal(channels, torch.float32), normal(channels * (1 + learned), dtype), TABLE.to(device))
     kwargs = dict(settings)
+    returned = kwargs.pop("returned", dtype)
     if "real" in kwargs:
         kwargs["real"] = min(kwargs["real"], images)
     if guided:
         squares = torch.rand(images, generator=g).mul(50).to(device)
-        kwargs |= dict(cotangent=normal(channels, dtype), through_network=normal(channels, dtype), squares=squares)
+        kwargs |= dict(cotangent=normal(channels, dtype), through_network=normal(channels, returned))
+        kwargs |= dict(squares=squares)
     noise = normal(channels, torch.float32)
     if drawn:
         kwargs |= dict(seed=2**63 + 5, identities=torch.tensor(IDENTITIES[:images], dtype=torch.int64, device=device))
@@ -145,6 +148,21 @@ def test_backends_agree(interpret):
         torch.testing.assert_close(triton, cpp, rtol=0, atol=0, equal_nan=True, msg=str(case))
 
 
+def test_what_overflowed_is_not_hidden(interpret):
+    """What is infinite from a network in float16 makes the image infinite, or NaN, there and nowhere else."""
+    args, kwargs = problem((2, 3, 4, 4), torch.float16, **KINDS["guided"])
+    kwargs["cotangent"][0, 0, 0, 0] = math.inf
+    kwargs["through_network"][1, 2, 3, 3] = -math.inf
+    for result in (
+        reverse_step(*args, **kwargs),
+        plain.reverse_step(*args, **kwargs),
+        *interpret([("sda_fast.ops", "reverse_step", args, kwargs)]),
+    ):
+        assert not result[0, 0, 0, 0].isfinite()
+        assert not result[1, 2, 3, 3].isfinite()
+        assert result.isfinite().sum() == result.numel() - 2
+
+
 def test_drawn_noise_is_philox_normal():
     for shape in SHAPES:
         args, kwargs = problem(shape, torch.float32, **KINDS["guided, drawn"])
@@ -218,7 +236,7 @@ def test_result_keeps_gaps_and_layout():
 
 @pytest.mark.parametrize("kind", ["guided", "guided, drawn"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_an_image_is_alone_in_the_world(kind, layout):
+def test_an_image_is_alone_in_the_world(backend, kind, layout):
     args, kwargs = lay(layout, *problem((7, 3, 9, 11), torch.bfloat16, **KINDS[kind]))
     batch = reverse_step(*args, **kwargs)
 
@@ -293,6 +311,7 @@ MISTAKES = {
     "noise is torch.float32 \\(2, 6, 4, 5\\)": dict(noise=images(6)),
     "result is torch.float16": dict(result=images(dtype=torch.float16)),
     "cotangent is torch.bfloat16": {**GUIDANCE, "cotangent": images(dtype=torch.bfloat16)},
+    "through_network is torch.float16": {**GUIDANCE, "through_network": images(dtype=torch.float16)},
     "through_network is torch.float32 \\(2, 6, 4, 5\\)": {**GUIDANCE, "through_network": images(6)},
     "guidance lacks cotangent and squares": dict(through_network=images()),
     "squares is torch.float32 \\(3,\\)": {**GUIDANCE, "squares": torch.ones(3)},

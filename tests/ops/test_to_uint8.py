@@ -69,7 +69,7 @@ def test_every_half(dtype):
         assert torch.equal(to_uint8(x, mode), plain(x, mode))
 
 
-def test_an_image_is_alone_in_the_world():
+def test_an_image_is_alone_in_the_world(backend):
     x = values((7, 3, 19, 23), torch.float32)
     batch = to_uint8(x)
     order = torch.tensor([6, 2, 0, 5, 1, 4, 3])
