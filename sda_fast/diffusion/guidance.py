@@ -48,7 +48,6 @@ def guide(
     cotangent, squares = guidance(x, out, reference_down, down, gram, table, position)
     factor = _power_of_two(cotangent) if scale_cotangent else None
     (through_network,) = torch.autograd.grad(eps, leaf, cotangent if factor is None else cotangent * factor)
-    through_network = through_network.to(cotangent.dtype)  # of a network in half precision
     return Guided(out, cotangent, through_network if factor is None else through_network / factor, squares)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from sda_fast.engines.base import versions
 from sda_fast.engines.cuda_graph import CudaGraph
@@ -35,17 +36,16 @@ class InductorProgram:
         self._engine, self._precision = engine, step.precision
         graph = trace(step, example, channels_last=True)
         self._memory = peak_bytes(graph)
-        options: dict[str, Any] = {"max_autotune": engine.max_autotune}
-        if example[0].device.type == "cpu":
-            options["freezing"] = True
-        compiled = torch.compile(graph, dynamic=False, fullgraph=True, options=options)
+        compiled = torch.compile(graph, dynamic=False, fullgraph=True)
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             first, *rest = inputs
             return compiled(first.contiguous(memory_format=torch.channels_last), *rest)
 
+        # Patched around the first call and not given to torch.compile, which would pass freezing on too late.
+        settings = {"freezing": example[0].device.type == "cpu", "max_autotune": engine.max_autotune}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), inductor_config.patch(settings):
                 run(*example)
         except Exception as error:  # whatever the compiler, its C++ compiler or Triton raises
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
