@@ -5,6 +5,8 @@ would be added where it measures faster on a device.
 """
 
 import contextlib
+import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -199,18 +201,31 @@ class NormLayout(NamedTuple):
 
 def norm_layout(x: Tensor, name: str) -> NormLayout:
     """The layout of x [N, C, ...]. Raises SdaError where an image is neither contiguous nor channels_last."""
-    images, channels, *sizes = x.shape
-    spatial = x[:1, :1].numel() if images and channels else 0
-    stride_image, stride_channel, *strides = x.stride()
-    if x.numel() == 0 or _dense((channels, *sizes), (stride_channel, *strides), 1):
+    try:
+        layout = _known_layout(x.shape, x.stride())
+    except TypeError:  # sizes that are symbols cannot be looked up
+        layout = _layout(x.shape, x.stride())
+    if layout is None:
+        raise SdaError(
+            f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; each image must be contiguous or "
+            f"channels_last, so pass {name}.contiguous()."
+        )
+    return layout
+
+
+def _layout(shape: tuple[int, ...], all_strides: tuple[int, ...]) -> NormLayout | None:
+    images, channels, *sizes = shape
+    stride_image, stride_channel, *strides = all_strides
+    spatial = math.prod(sizes) if images and channels else 0
+    if images * channels * spatial == 0 or _dense((channels, *sizes), (stride_channel, *strides), 1):
         return NormLayout(images, channels, spatial, stride_image, spatial, 1)
     pitch = next((stride for size, stride in zip(sizes[::-1], strides[::-1], strict=True) if size > 1), channels)
     if stride_channel == 1 and channels > 1 and pitch >= channels and _dense(sizes, strides, pitch):
         return NormLayout(images, channels, spatial, stride_image, 1, pitch)
-    raise SdaError(
-        f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; each image must be contiguous or "
-        f"channels_last, so pass {name}.contiguous()."
-    )
+    return None
+
+
+_known_layout = functools.lru_cache(4096)(_layout)  # a network asks for the same few at every step
 
 
 def _dense(sizes: tuple[int, ...] | list[int], strides: tuple[int, ...] | list[int], unit: int) -> bool:
@@ -226,6 +241,8 @@ def _empty_like(x: Tensor) -> Tensor:
     """Without gaps, in x's memory format."""
     if norm_layout(x, "x").stride_spatial == 1:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.dim() == 4:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     moved = (x.shape[0], *x.shape[2:], x.shape[1])
     return torch.empty(moved, dtype=x.dtype, device=x.device).movedim(-1, 1)
 
