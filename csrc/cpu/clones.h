@@ -8,7 +8,7 @@
 // version.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__x86_64__) && \
     defined(__linux__) && defined(__GLIBC__)
-#define SDA_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
+#define SDA_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define SDA_CLONES
 #endif

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
-#include "../exponential.h"
 #include "../narrow.h"
 #include "../status.h"
 #include "clones.h"
+#include "sigmoid.h"
 
 namespace sda::cpu {
 namespace {
@@ -63,7 +63,7 @@ SDA_INLINE void apply_norm_to(const Source& source, const Target& target, const 
 #pragma GCC ivdep
         for (int64_t i = 0; i < tile.lanes; ++i) {
             const float u = (widen(x[i]) - mean[i]) * slope[i] + offset[i];
-            y[i] = narrow<T>(kSilu ? u / (1.0f + exponential(-u)) : u);
+            y[i] = narrow<T>(kSilu ? u * sigmoid(u) : u);
         }
     }
 }
@@ -72,8 +72,8 @@ SDA_INLINE void apply_norm_to(const Source& source, const Target& target, const 
 template <bool kSilu>
 SDA_INLINE float through_silu(float dy, float u) {
     if (!kSilu) return dy;
-    const float sigmoid = 1.0f / (1.0f + exponential(-u));
-    return dy * (sigmoid * (1.0f + u * (1.0f - sigmoid)));
+    const float s = sigmoid(u);
+    return dy * (s * (1.0f + u * (1.0f - s)));
 }
 
 template <class T, bool kSilu>
