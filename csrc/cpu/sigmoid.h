@@ -9,9 +9,10 @@
 
 namespace sda::cpu {
 
-// 1 / (1 + e^-u) within 3 ulp; at least 6e-39, at most 1, NaN for NaN.
+// 1 / (1 + e^-u) within 2 ulp; zero below -87.5, where it would be less than 1e-38; NaN for NaN.
 SDA_INLINE float sigmoid(float u) {
-    float x = u < -88.0f ? 88.0f : -u;
+    const bool vanishes = u < -87.5f;
+    float x = vanishes ? 87.5f : -u;
     x = x < -87.0f ? -87.0f : x;
     // e^x = 2^n e^r with |r| <= ln 2 / 2, as in exponential.h; n is that of a normal number here.
     constexpr float kMagic = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
@@ -32,7 +33,8 @@ SDA_INLINE float sigmoid(float u) {
     float y = bit_cast<float>(0x7EF311C7u - bit_cast<uint32_t>(d));
     y = __builtin_fmaf(y, __builtin_fmaf(-d, y, 1.0f), y);
     y = __builtin_fmaf(y, __builtin_fmaf(-d, y, 1.0f), y);
-    return __builtin_fmaf(y, __builtin_fmaf(-d, y, 1.0f), y);
+    y = __builtin_fmaf(y, __builtin_fmaf(-d, y, 1.0f), y);
+    return vanishes ? 0.0f : y;
 }
 
 }  // namespace sda::cpu
