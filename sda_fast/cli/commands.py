@@ -48,6 +48,7 @@ def synthesize(
     batch_size: BatchSize = 10,
     seed: Seed = 0,
     preset: Preset = None,
+    vae: Annotated[Path | None, typer.Option(help="diffusers' AutoencoderKL, for a DiT of latents.")] = None,
     device: Device = "cpu",
     workers: Workers = 1,
     as_json: Json = False,
@@ -76,6 +77,7 @@ def synthesize(
         only or None,
         build(SynthesizeSettings, values, "options of synthesize"),
         preset=preset,
+        vae=vae,
         device=_check_device(device),
         workers=workers,
     )

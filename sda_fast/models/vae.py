@@ -34,6 +34,11 @@ class VAE(nn.Module):
         return latents.shape[-2] * reduction, latents.shape[-1] * reduction
 
 
+def vae_file(path: str | Path) -> Path:
+    """The weights file in a folder that diffusers wrote, or the file itself. Raises SdaError for a foreign folder."""
+    return Path(diffusers_file(path, "vae")) if Path(path).is_dir() else Path(path)
+
+
 def load_vae(path: str | Path) -> VAE:
     """The VAE in a folder that diffusers wrote (its own, a pipeline's, or its weights file), in float32, frozen.
 
@@ -43,7 +48,7 @@ def load_vae(path: str | Path) -> VAE:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise SdaError('decoding latents needs diffusers: pip install "sda-fast[vae]"') from error
-    path = diffusers_file(path, "vae") if Path(path).is_dir() else Path(path)
+    path = vae_file(path)
     state, _ = read_checkpoint(path)
     config = read_config(path.with_name("config.json"), "AutoencoderKL")
     try:

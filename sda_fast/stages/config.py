@@ -51,7 +51,7 @@ class RunConfig:
 
     output: folder of everything the run makes. target: the images to adapt to, `[<corruption>/[<severity>/]]<class>/`.
     adm, dit: weights, a path or "photos:NAME"; classifiers: weights by the name used in tables. adm_preset and
-    dit_preset: for weights that do not say how they are built.
+    dit_preset: for weights that do not say how they are built. vae: for a DiT of latents.
     """
 
     output: str
@@ -61,6 +61,7 @@ class RunConfig:
     classifiers: dict[str, str]
     adm_preset: str | None = None
     dit_preset: str | None = None
+    vae: str | None = None
     device: str = "cpu"
     workers: int = 1
     synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)

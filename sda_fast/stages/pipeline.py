@@ -58,7 +58,8 @@ def run(
         named = {f.name: getattr(config.synthesize, f.name) for f in fields(SynthesizeSettings)}
         settings = SynthesizeSettings(**named)
         with timed("synthesize"):
-            synthesize(raw, dit, config.synthesize.per_class, settings=settings, preset=config.dit_preset, **spread)
+            loading: dict[str, Any] = {"preset": config.dit_preset, "vae": config.vae, **spread}
+            synthesize(raw, dit, config.synthesize.per_class, settings=settings, **loading)
         with timed("align"):
             align(raw, aligned, adm, config.align, preset=config.adm_preset, **spread)
         for data in (aligned, raw) if config.evaluate.ablation else (aligned,):

@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sda_fast.data import Writer, identity, to_uint8
 from sda_fast.engines import Precision
 from sda_fast.errors import SdaError
 from sda_fast.models import DiT, load_dit
+from sda_fast.models.vae import load_vae, vae_file
 from sda_fast.sampler import Sampler
 from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.manifest import Output, file_sha256, open_output
@@ -36,6 +39,7 @@ def synthesize(
     settings: SynthesizeSettings | None = None,
     *,
     preset: str | None = None,
+    vae: str | Path | None = None,
     device: str = "cpu",
     workers: int = 1,
     quiet: bool | None = None,
@@ -43,8 +47,9 @@ def synthesize(
     """Write `per_class` images of every class as `<output>/<class>/<index>.png`; returns a summary.
 
     classes: names of the model's classes in order; files of this package know theirs. only: the classes to make,
-    by default all. An image depends on its class, its index and the settings alone, so a later call with a larger
-    `per_class` or other classes adds to the folder. Resumes where an earlier run stopped.
+    by default all. vae: diffusers' AutoencoderKL (folder or weights file), for a DiT of latents. An image depends on
+    its class, its index and the settings alone, so a later call with a larger `per_class` or other classes adds to the
+    folder. Resumes where an earlier run stopped.
     Raises SdaError for wrong weights, classes and settings.
     """
     settings = settings or SynthesizeSettings()
@@ -55,13 +60,19 @@ def synthesize(
     unknown = [name for name in only or () if name not in names]
     if unknown:
         raise SdaError(f"class {unknown[0]!r} is none of the model's {len(names)} ({', '.join(names[:3])}, ...)")
-    if model.in_channels != 3:
-        raise SdaError(
-            f"DiT {dit} works on latents ({model.in_channels} channels), which this version cannot decode: "
-            "give a DiT of pixels"
+    if (model.in_channels != 3) != (vae is not None):
+        latents, way_out = (
+            ("latents", "give --vae, the autoencoder that decodes them")
+            if vae is None
+            else ("pixels", "leave --vae out")
         )
+        raise SdaError(f"DiT {dit} works on {latents} ({model.in_channels} channels): {way_out}")
     make_sampler(model, settings)  # wrong settings must fail before the folder is made
     weights = {"dit": file_sha256(dit)}
+    if vae is not None:
+        vae = vae_file(vae)
+        load_vae(vae)
+        weights["vae"] = file_sha256(vae)
     out = open_output(output, "synthesize", {**asdict(settings), "classes": names, "weights": weights})
 
     keys = [f"{name}/{index:05d}" for name in dict.fromkeys(only or names) for index in range(per_class)]
@@ -69,7 +80,7 @@ def synthesize(
     run_batches(
         todo,
         _make_work,
-        (dit, preset, settings, names, device, out, todo[-1:] if workers == 1 else []),
+        (dit, preset, vae, settings, names, device, out, todo[-1:] if workers == 1 else []),
         label="synthesis",
         total=len(keys),
         workers=workers,
@@ -102,6 +113,7 @@ def _class_names(model: DiT, classes: Sequence[str] | None, dit: str | Path) -> 
 def _make_work(
     dit: str | Path,
     preset: str | None,
+    vae: Path | None,
     settings: SynthesizeSettings,
     names: list[str],
     device: str,
@@ -109,11 +121,16 @@ def _make_work(
     last: list[list[str]],
 ) -> Work:
     sampler, write = make_sampler(load_dit(dit, preset).to(device), settings), Writer()
+    decoder = None if vae is None else load_vae(vae).to(device)
 
     def work(keys: list[str]) -> None:
         labels = [names.index(key.split("/")[0]) for key in keys]
         seeds = [identity("synthesize", key) for key in keys]
-        arrays = to_uint8(sampler(labels, seeds=seeds), "truncate")
+        images = sampler(labels, seeds=seeds)
+        if decoder is not None:
+            with torch.no_grad():
+                images = decoder.decode(images)
+        arrays = to_uint8(images, "truncate")
         write.flush()
         for key, array in zip(keys, arrays, strict=True):
             write(array, out.path(key))

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -103,15 +104,16 @@ def test_an_interrupted_run_goes_on_to_the_same_files(
     tmp_path, images, tiny, pictures, whole, monkeypatch, settings, written
 ):
     """Interrupted before, inside and after a batch and inside a group."""
-    files = []
+    files, lock = [], threading.Lock()
 
-    def write(array, path):
-        if len(files) == written:
-            raise KeyboardInterrupt
-        files.append(path)
+    def write(array, path):  # in several threads
+        with lock:
+            if len(files) == written:
+                raise KeyboardInterrupt
+            files.append(path)
         sda_fast.data.write_png(array, path)
 
-    monkeypatch.setattr(stage, "write_png", write)
+    monkeypatch.setattr("sda_fast.data.writer.write_png", write)
     with pytest.raises(KeyboardInterrupt):
         align(images, tmp_path / "out", tiny.adm, settings)
     monkeypatch.undo()

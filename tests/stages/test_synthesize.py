@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import sda_fast
 from sda_fast.data import identity, read_image, to_uint8
 from sda_fast.errors import SdaError
 from sda_fast.models import load_dit
 from sda_fast.sampler import Sampler
-from sda_fast.stages import synthesize as stage
 from sda_fast.stages.manifest import file_sha256
 from sda_fast.stages.synthesize import SynthesizeSettings, synthesize
 
@@ -76,7 +76,7 @@ def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path, tiny, pictures, 
         sda_fast.data.write_png(array, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "write_png", write)
+        patch.setattr("sda_fast.data.writer.write_png", write)
         with pytest.raises(KeyboardInterrupt):
             synthesize(tmp_path / "out", tiny.dit, 3, settings=SETTINGS)
     assert len(pictures(tmp_path / "out")) == written
@@ -146,7 +146,7 @@ def test_wrong_options_are_refused(tmp_path, tiny, options, message):
     [
         (
             {"in_channels": 4},
-            r"works on latents \(4 channels\), which this .* cannot decode: give a DiT of pixels",
+            r"works on latents \(4 channels\): give --vae, the autoencoder that decodes them",
         ),
         ({"class_dropout_prob": 0.0}, "has no null class"),
     ],
@@ -156,3 +156,25 @@ def test_models_that_do_not_fit_are_refused(tmp_path, tiny, changes, message):
     with pytest.raises(SdaError, match=message):
         synthesize(tmp_path / "out", dit, 1, settings=replace(SETTINGS, cfg_scale=1.5))
     assert not (tmp_path / "out").exists()
+
+
+def test_latents_are_decoded(tmp_path, tiny, pictures):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, **blocks)
+    vae.save_pretrained(tmp_path / "vae")
+    dit = tiny.save("dit", "of_latents", names=tiny.classes, in_channels=4)
+    settings = replace(SETTINGS, clip=False)
+    for name, workers in (("one", 1), ("two", 2)):
+        synthesize(tmp_path / name, dit, 2, settings=settings, vae=tmp_path / "vae", workers=workers)
+    assert len(pictures(tmp_path / "one")) == 6
+    assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
+    key = f"{tiny.classes[1]}/00001"
+    latents = Sampler(load_dit(dit), "10", batch_size=4)([1], seeds=[identity("synthesize", key)])
+    with torch.no_grad():
+        image = vae.eval().decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
+    difference = pixels(pictures(tmp_path / "one")[f"{key}.png"]) - to_uint8(image, "truncate")[0]
+    assert abs(difference).max() <= 1
+    with pytest.raises(SdaError, match=r"works on pixels \(3 channels\): leave --vae out"):
+        synthesize(tmp_path / "three", tiny.dit, 1, settings=settings, vae=tmp_path / "vae")
