@@ -48,8 +48,9 @@ def say(result: Mapping[str, Any], as_json: bool, text: str) -> None:
 
 def run() -> None:
     """Run the application: a user's mistake is one sentence and exit code 2, an interruption exit code 130."""
+    import sda_fast.cli.bench
     import sda_fast.cli.checkpoints
-    import sda_fast.cli.commands  # noqa: F401  (both register their commands)
+    import sda_fast.cli.commands  # noqa: F401  (all register their commands)
 
     try:
         app()
