@@ -6,7 +6,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# make gpu: PART is all, ops or one of its three parts, or a folder of tests; OUT takes the JSON rows. DEVICE=cpu TINY=1
+# make gpu: PART is all, ops, engines or one of their parts, or a folder of tests; OUT takes the JSON rows. DEVICE=cpu TINY=1
 # PYTHON=.venv/bin/python shows without a GPU that the parts run.
 PART ?= all
 OUT ?= build/gpu
@@ -14,17 +14,18 @@ DEVICE ?= cuda
 TINY ?=
 PARTS_ops := ops-test ops-bench ops-sanitize
 PARTS_data := data_layer-test data-bench
-PARTS_all := all-test projection-bench ops-bench ops-sanitize
+PARTS_engines := engines-test engines-adm engines-dit
+PARTS_all := all-test projection-bench ops-bench ops-sanitize engines-adm engines-dit data-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench gpu gpu-install gpu-projection-bench gpu-ops-bench gpu-ops-sanitize clean
+.PHONY: help venv demo test lint bench gpu gpu-install gpu-projection-bench gpu-ops-bench gpu-ops-sanitize gpu-engines-adm gpu-engines-dit clean
 
 help:
 	@echo "make demo   both stages of SDA on real photographs: table, pictures, HTML report"
 	@echo "make test   all tests that need no GPU"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  cost of a projected patch and of every operator on this CPU; rows and plots in build/bench"
-	@echo "make gpu    [PART=ops|ops-test|ops-bench|ops-sanitize|data|all] [OUT=folder] tests and benchmarks on this machine's GPU"
+	@echo "make gpu    [PART=ops|engines|data|ops-test|...|all] [OUT=folder] tests and benchmarks on this machine's GPU"
 	@echo "make venv   only set up .venv (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean  remove what was built"
 
@@ -59,14 +60,14 @@ run_benchmarks = status=0; for script in benchmarks/bench_*.py; do $(1) $$script
 
 bench: venv
 	@rm -f build/bench/*.jsonl
-	$(BIN)/sda-fast bench --preset photos
+	$(BIN)/sda-fast bench --whole --batch 10
 	@$(call run_benchmarks,$(BIN)/python,--repeats 10 --seconds 3 --output build/bench)
 	@$(BIN)/python benchmarks/plot.py build/bench
 
 # The package is run from where it is installed, never from its source folder, which lacks the compiled module: -P.
 gpu: gpu-install
 	@mkdir -p $(OUT)
-	$(MAKE) --no-print-directory --keep-going $(addprefix gpu-,$(or $(PARTS_$(PART)),$(if $(filter %-test %-bench %-sanitize,$(PART)),$(PART),$(PART)-test)))
+	$(MAKE) --no-print-directory --keep-going $(addprefix gpu-,$(or $(PARTS_$(PART)),$(if $(filter %-test %-bench %-sanitize %-adm %-dit,$(PART)),$(PART),$(PART)-test)))
 
 gpu-install:
 ifeq ($(DEVICE),cuda)
@@ -78,7 +79,7 @@ gpu-%-test:
 	$(PYTHON) -P -m pytest -m gpu tests/$(filter-out all,$*)
 
 gpu-projection-bench:
-	$(PYTHON) -P -m sda_fast bench --preset photos --device $(DEVICE) $(if $(TINY),--images 1 --repeats 1) --json > $(OUT)/bench.json
+	$(PYTHON) -P -m sda_fast bench --whole --batch $(if $(TINY),1 --repeats 1,10) --device $(DEVICE) --json > $(OUT)/bench.json
 
 gpu-data-bench:
 	$(PYTHON) benchmarks/decode.py --device $(DEVICE) $(if $(TINY),--images 32 --repeats 1) --output $(OUT)
@@ -88,6 +89,10 @@ gpu-ops-bench:
 
 gpu-ops-sanitize:
 	$(PYTHON) benchmarks/sanitize.py --device $(DEVICE)
+
+# What a call leaves undone after seven minutes, it names; the next call goes on.
+gpu-engines-adm gpu-engines-dit: gpu-engines-%:
+	$(PYTHON) benchmarks/engines.py --model $* --device $(DEVICE) $(if $(TINY),--tiny) --output $(OUT)
 
 clean:
 	rm -rf build dist .venv/.installed .mypy_cache .pytest_cache .ruff_cache

@@ -8,7 +8,6 @@ A script `bench_<op>.py` yields `Case`s and ends with `main(cases)`:
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sda_fast.bench.measure import environment
 from sda_fast.ops._backend import core
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +103,7 @@ def measure(case: Case, device: str, repeats: int, seconds: float = float("inf")
         "first_call_ms": round(1e3 * (time.perf_counter() - started), 3),  # with compilation, where there is any
         "error": float(case.error()),
         "tolerance": case.tolerance,
-        **environment(device),
+        **environment(device, ROOT),
     }
     if not row["error"] <= case.tolerance:
         return row
@@ -177,37 +177,6 @@ def copy_rate(device: str, threads: int) -> float:
     target = torch.empty_like(source)
     (times,) = interleaved([lambda: target.copy_(source)], device, 10)
     return 2 * source.numel() / statistics.median(times) / 1e6
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What a row must say of where it was measured."""
-    triton = sys.modules.get("triton")
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": getattr(triton, "__version__", None),
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "commit": _commit(),
-    }
-
-
-@cache
-def _commit() -> str | None:
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "CPU"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
 def _wait(device: str) -> None:

@@ -37,8 +37,9 @@ def test_what_works_here():
 @pytest.mark.parametrize(
     ("part", "distribution", "command"),
     [
-        ("Triton kernels", "triton", "pip install triton"),
-        ("DALI reader", "nvidia-dali-cuda130", 'pip install "sda-fast[dali]"'),
+        ("Triton operators", "triton", "pip install triton"),
+        ("engine onnx", "onnxruntime", 'pip install "sda-fast[onnx]"'),
+        ("decoder DALI (CPU)", "nvidia-dali-cuda130", 'pip install "sda-fast[dali]"'),
         ("photographs testbed", "scikit-learn", 'pip install "sda-fast[photos]"'),
         ("photographs testbed", "imagecorruptions-imaug", 'pip install "sda-fast[photos]"'),
     ],
@@ -67,3 +68,57 @@ def test_without_the_compiled_module(monkeypatch):
     found = findings()
     assert not found["C++ operators"]["works"]
     assert "pip install ." in found["C++ operators"]["detail"]
+
+
+def test_engines_and_decoders_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = findings()
+    assert found["engine eager"]["works"]
+    assert found["decoder Pillow"]["works"]
+    for part in ("NVIDIA GPU", "CUDA operators", "Triton operators", "engine trt", "decoder DALI (GPU)"):
+        assert not found[part]["works"], part
+    for part in ("engine trt", "decoder DALI (GPU)"):
+        assert found[part]["detail"] == "no NVIDIA GPU was found"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_inductor_needs_a_compiler(monkeypatch, tmp_path, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    compiler = tmp_path / "c++"
+    if there:
+        compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    finding = findings()["engine inductor"]
+    assert finding["works"] == there
+    if not there:
+        assert finding["detail"] == f"the C++ compiler {compiler} was not found: apt-get install g++ (or set CXX)"
+
+
+@pytest.fixture
+def only_eager(monkeypatch):
+    """The other engines take half a minute to try."""
+    engines = [{"part": f"engine {name}", "works": name == "eager", "detail": "found"} for name in ("eager", "trt")]
+    monkeypatch.setattr(doctor, "_engines", lambda gpu: engines)
+
+
+def test_try_runs_what_could_work(only_eager):
+    found = {finding["part"]: finding for finding in doctor.diagnose(attempt=True)}
+    assert found["engine eager"]["works"]
+    assert found["engine eager"]["detail"].startswith("found; a tiny step is right (prepared in ")
+    assert found["engine trt"] == {"part": "engine trt", "works": False, "detail": "found"}
+
+
+@pytest.mark.parametrize("how", ["raises", "is wrong"])
+def test_try_says_what_goes_wrong(only_eager, monkeypatch, how):
+    from sda_fast.engines import eager
+
+    def run(self, *inputs):
+        if how == "raises":
+            raise RuntimeError("\nno kernel image\nand more")
+        return tuple(torch.zeros_like(y) for y in self._step(*inputs))
+
+    monkeypatch.setattr(eager.EagerProgram, "run", run)
+    found = {finding["part"]: finding for finding in doctor.diagnose(attempt=True)}
+    assert not found["engine eager"]["works"]
+    expected = "found; no kernel image" if how == "raises" else "found; the step differs from float32 in out by"
+    assert found["engine eager"]["detail"].startswith(expected)

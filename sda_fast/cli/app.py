@@ -61,6 +61,7 @@ def end(*folders: str | Path) -> None:
 
 def run() -> None:
     """Run the application. Exit code 2: a user's mistake, in one sentence; 3: files were left out; 130: interrupted."""
+    import sda_fast.cli.bench
     import sda_fast.cli.checkpoints
     import sda_fast.cli.commands
     import sda_fast.cli.corrupt  # noqa: F401  (all register commands)

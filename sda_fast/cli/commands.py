@@ -302,34 +302,3 @@ def train_photos(
         wanted = STEPS[name] if steps is None else steps
         path = train_model(name, output, steps=wanted, seed=seed, device=_check_device(device))
         typer.echo(str(path))
-
-
-@app.command()
-def bench(
-    preset: Annotated[str, typer.Option(help="photos (the shipped ADM on 32x32 patches).")] = "photos",
-    images: Annotated[int, typer.Option(help="Images per projection.")] = 10,
-    repeats: Annotated[int, typer.Option(help="Measurements of each, in turn.")] = 3,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Time a projection against the published algorithm in one run, parity first."""
-    from sda_fast.bench import bench_projection
-
-    row = bench_projection(preset, images, repeats, _check_device(device))
-    reference, ours = row["reference_seconds_per_image"], row["seconds_per_image"]
-    say(
-        row,
-        as_json,
-        f"published algorithm {reference:.3f} s/image, Projector {ours:.3f} s/image: {row['speedup']:.2f}x "
-        f"(parity: mean difference {row['parity_mean_abs']:.1e})",
-    )
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Say which parts of the package work on this machine, and what would make the others work."""
-    from sda_fast.doctor import diagnose
-
-    findings = diagnose()
-    lines = [f"{'ok ' if f['works'] else 'no '} {f['part']:<22} {f['detail']}" for f in findings]
-    say({"findings": findings}, as_json, "\n".join(lines))

@@ -167,7 +167,9 @@ def dit_in(dit: DiT, precision: str) -> DiT:
 def _convert(modules: nn.Module, dtype: torch.dtype) -> None:
     for name, module in modules.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv1d | nn.Linear) and not ("emb_layers" in name or "adaLN" in name):
-            module.to(dtype)
+            for own, parameter in list(module.named_parameters(recurse=False)):
+                # Set anew, since module.to() cannot convert the fake weights that a ledger counts on.
+                setattr(module, own, nn.Parameter(parameter.to(dtype), requires_grad=False))
 
 
 def _frozen(module: Any) -> Any:

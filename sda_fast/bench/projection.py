@@ -1,14 +1,11 @@
 """Timing of a projection against the published algorithm, in one run and only after their results agree."""
 
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from sda_fast import reference
+from sda_fast.bench.measure import environment, interleaved
 from sda_fast.errors import SdaError
 from sda_fast.models import load_adm
 from sda_fast.projector import Projector
@@ -26,9 +23,9 @@ def bench_projection(preset: str, images: int, repeats: int, device: str) -> dic
     results differ by more than `PARITY` on average, in which case no time is reported.
     """
     if preset != "photos":
-        raise SdaError(f'preset {preset!r} is not known; this version has "photos"')
+        raise SdaError(f"--whole measures the preset photos, not {preset!r}: leave out one of the two")
     if images < 1 or repeats < 1:
-        raise SdaError("--images and --repeats must be at least 1")
+        raise SdaError("--batch and --repeats must be at least 1")
     adm = load_adm(weights_path("photos:adm")).to(device)
     generator = torch.Generator().manual_seed(0)
     size = adm.image_size
@@ -48,7 +45,7 @@ def bench_projection(preset: str, images: int, repeats: int, device: str) -> dic
         raise SdaError(
             f"the projections differ by {difference:.1e} on average, more than {PARITY}: no time is reported"
         )
-    theirs, ours = _interleaved([published, lambda: projector(x, noise=noise)], repeats, device)
+    theirs, ours = interleaved([published, lambda: projector(x, noise=noise)], repeats, device)
     return {
         "benchmark": "projection",
         "preset": preset,
@@ -59,25 +56,5 @@ def bench_projection(preset: str, images: int, repeats: int, device: str) -> dic
         "seconds_per_image": ours / images,
         "speedup": theirs / ours,
         "unit": "s",
-        "device": torch.cuda.get_device_name() if device != "cpu" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **environment(device),
     }
-
-
-def _interleaved(calls: list[Callable[[], Any]], repeats: int, device: str) -> list[float]:
-    """Median seconds of each call, taken in turn so that a drifting machine favours none."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
-        for taken, call in zip(times, calls, strict=True):
-            _wait(device)
-            started = time.perf_counter()
-            call()
-            _wait(device)
-            taken.append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in times]
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize(device)

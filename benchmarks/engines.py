@@ -1,0 +1,125 @@
+"""A step of ADM-256 (guided) or DiT-XL/2 on every engine, precision and batch, against the published code.
+
+    python benchmarks/engines.py --model adm|dit [--device cuda|cpu] [--tiny] [--minutes N] [--output FOLDER]
+
+Parity first, then s/image, TFLOP/s, share of the measured matrix products, memory: rows as `sda-fast bench` writes
+them, appended to <output>/engines-<model>.jsonl. What does not fit into memory is a row that says so. After --minutes
+nothing new begins, and a line names what is left; the same call goes on from there. Weights are random.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import ROOT
+
+from sda_fast.bench import bench_step, load_model, random_model
+from sda_fast.bench.measure import environment
+from sda_fast.errors import SdaError
+from sda_fast.models import ADM, DiT
+
+PRESETS = {"adm": "adm-256-uncond", "dit": "dit-xl-2-256"}
+TINY: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adm": (
+        ADM,
+        {"image_size": 16, "model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1}
+        | {"attention_resolutions": (2,), "num_head_channels": 32},
+    ),
+    "dit": (DiT, {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 2, "num_classes": 10}),
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    engine: str
+    cuda_graphs: bool | None
+    precision: str
+    batch: int
+
+    def __str__(self) -> str:
+        graphs = {None: "", True: " with CUDA graphs", False: " without CUDA graphs"}[self.cuda_graphs]
+        return f"{self.engine}{graphs}, {self.precision}, batch {self.batch}"
+
+
+def configurations(device: str, tiny: bool) -> list[Configuration]:
+    """The most telling ones first."""
+    engines = [("inductor", True), ("inductor", False), ("eager", None)]
+    if device == "cpu":
+        engines = [("eager", None)] if tiny else [("inductor", False), ("eager", None)]
+    batches = (1, 2) if tiny else (8, 32, 16, 1)
+    return [
+        Configuration(*engine, precision, n) for precision in ("bf16", "fp16") for n in batches for engine in engines
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, choices=tuple(PRESETS))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="tiny models and batches: does it run at all?")
+    parser.add_argument("--minutes", type=float, default=7.0, help="begin no configuration after this time")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--output", type=Path, required=True, help="folder that takes the rows")
+    options = parser.parse_args()
+    begin = time.monotonic()
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / f"engines-{options.model}{'-tiny' if options.tiny else ''}.jsonl"
+    preset = "tiny" if options.tiny else PRESETS[options.model]
+    here = environment(options.device, ROOT)
+    done = [key(json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+    todo = [c for c in configurations(options.device, options.tiny) if key({"asked": asdict(c), **here}) not in done]
+    model = random_model(*TINY[options.model]) if options.tiny else load_model(preset)
+    failed = False
+    for i, configuration in enumerate(todo):
+        if time.monotonic() - begin > 60 * options.minutes:
+            print("LEFT for another call:", "; ".join(map(str, todo[i:])))
+            break
+        row = measure(model, preset, configuration, options.device, 1 if options.tiny else options.repeats)
+        row |= {"asked": asdict(configuration), **environment(options.device, ROOT)}
+        with file.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        print(line(configuration, row), flush=True)
+        failed |= "failed" in row
+    sys.exit(1 if failed else 0)
+
+
+def key(row: dict[str, Any]) -> str:
+    """What makes two rows the same measurement."""
+    return json.dumps([row["asked"], row["device"], row["torch"], row["commit"]], sort_keys=True)
+
+
+def measure(model: Any, preset: str, asked: Configuration, device: str, repeats: int) -> dict[str, Any]:
+    options = {} if asked.cuda_graphs is None else {"cuda_graphs": asked.cuda_graphs}
+    settings: Any = {"engine": asked.engine, "precision": asked.precision, "batch": asked.batch, "options": options}
+    try:
+        return bench_step(model, preset, **settings, device=device, repeats=repeats)
+    except (torch.OutOfMemoryError, SdaError) as error:  # SdaError: an engine that could not be built
+        full = isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError)
+        reason = str(error).splitlines()[0]
+        return {"benchmark": "step", "preset": preset, "skipped" if full else "failed": reason}
+    finally:
+        gc.collect()
+        torch._dynamo.reset()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def line(asked: Configuration, row: dict[str, Any]) -> str:
+    if "failed" in row or "skipped" in row:
+        return f"{asked}: {'FAILED: ' + row['failed'] if 'failed' in row else 'SKIPPED: ' + row['skipped']}"
+    peak = "unknown" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f} GB"
+    return (
+        f"{asked}: {row['seconds_per_image']:.4g} s/image, {row['speedup']:.2f}x {row['reference']}; "
+        f"{row['tflop_per_s']:.4g} TFLOP/s ({row['fraction_of_matmul']:.0%} of a matrix product), peak {peak}, "
+        f"prepared in {row['prepare_seconds']:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
