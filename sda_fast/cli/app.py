@@ -45,7 +45,10 @@ def _options(
 
 def say(result: Mapping[str, Any], as_json: bool, text: str) -> None:
     """Print a command's result: as one JSON object, or as a sentence."""
-    typer.echo(json.dumps(result, indent=2) if as_json else text)
+    from sda_fast.stages.ranks import is_first
+
+    if is_first():  # of the processes that torchrun started
+        typer.echo(json.dumps(result, indent=2) if as_json else text)
 
 
 def end(*folders: str | Path) -> None:

@@ -25,6 +25,8 @@ _CORES = os.cpu_count() or 1
 def _check_device(device: str) -> str:
     import torch
 
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun started one process per GPU
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

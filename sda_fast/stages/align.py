@@ -34,6 +34,7 @@ from sda_fast.projector import Projector, Purifier
 from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.failures import Failures, report_listing, write_failures
 from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
+from sda_fast.stages.ranks import is_first, ranks
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ def align(
     weights = {"adm": file_sha256(adm)}
     recorded = {**asdict(settings), "image_size": model.image_size, **origin, "weights": weights}
     out = open_output(output, "align", recorded)
-    batch_size = _batch_size(out, settings, model, device, workers)
+    batch_size = _batch_size(out, settings, model, device, workers) if is_first() else 0
+    if (others := ranks()) is not None:
+        batch_size = others.share(batch_size)
     del model  # every worker loads its own
 
     size = settings.norm_group if grouped else 1
@@ -136,7 +139,7 @@ def align(
     by_key = {file.key: file for file in files}
     group_of = {key: group for group in groups for key in group} if grouped else {}
     # A worker among several cannot know its next batch; while it reads, the others compute.
-    foreseen = todo if workers == 1 else []
+    foreseen = todo if workers == 1 and others is None else []
     failures = report_listing(listed) | run_batches(
         todo,
         _make_work,
@@ -146,9 +149,10 @@ def align(
         workers=workers,
         quiet=quiet,
     )
-    write_failures(out.folder, failures)
+    if is_first():
+        write_failures(out.folder, failures)
+        out.finish({"images": len(files), "failed": len(failures)})
     done = sum(file.name not in failures for batch in todo for file in map(by_key.__getitem__, batch))
-    out.finish({"images": len(files), "failed": len(failures)})
     return {"images": len(files), "projected": done, "failed": len(failures), "output": str(output)}
 
 

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -15,6 +15,7 @@ import torch
 
 from sda_fast.errors import SdaError
 from sda_fast.stages.progress import progress
+from sda_fast.stages.ranks import Ranks, ranks
 
 # Called in the worker: make(*arguments) -> work; work(keys) does one batch and returns what failed in it, if anything:
 # by the name of the file at fault, the reason.
@@ -55,12 +56,17 @@ def run_batches(
     Returns what failed in all of them.
 
     With several workers, each process calls `make` once and takes batches as it becomes free; `make` and
-    `arguments` must be picklable. Every process, and this one if it works alone, computes with one CPU thread:
+    `arguments` must be picklable. Under torchrun (`ranks`), the processes share the first one's batches, and all of
+    them return what failed in any. Every process, and this one if it works alone, computes with one CPU thread:
     libraries split their sums by the number of threads, which would show in the last bits. An error that the work
     raises stops the run; what is written stays.
     """
     if workers < 1:
         raise SdaError(f"--workers {workers} is out of range: give at least 1")
+    if (others := ranks()) is not None:
+        if workers > 1:
+            raise SdaError(f"--workers {workers} and torchrun exclude each other: start more processes instead")
+        return _run_as_rank(others, batches, make, arguments, label, total, quiet)
     left = sum(len(batch) for batch in batches)
     steps = _run(batches, make, arguments, min(workers, len(batches)))
     with closing(steps), progress(total, label, quiet, done=max(0, total - left)) as reporter:
@@ -71,16 +77,36 @@ def run_batches(
     return failures
 
 
+def _run_as_rank(
+    others: Ranks,
+    batches: Sequence[list[str]],
+    make: Callable[..., Work],
+    arguments: tuple[Any, ...],
+    label: str,
+    total: int,
+    quiet: bool | None,
+) -> dict[str, str]:
+    batches = others.share(list(batches))  # the folder may look otherwise to a process that began later
+    left, finished = sum(len(batch) for batch in batches), others.total()
+    failures: dict[str, str] = {}
+    mine = _run(map(batches.__getitem__, others.take(len(batches))), make, arguments, workers=1)
+    with closing(mine), progress(total, label, quiet or not others.first, done=max(0, total - left)) as reporter:
+        for batch, failed in mine:
+            failures.update(failed or {})
+            reporter.advance(finished.add(len(batch)) - reporter.worked)
+    return {name: reason for part in others.gather(failures) for name, reason in part.items()}
+
+
 def _run(
-    batches: Sequence[list[str]], make: Callable[..., Work], arguments: tuple[Any, ...], workers: int
+    batches: Iterable[list[str]], make: Callable[..., Work], arguments: tuple[Any, ...], workers: int
 ) -> Generator[tuple[list[str], Failed], None, None]:
     if workers <= 1:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            work = make(*arguments) if batches else None
+            work = None
             for batch in batches:
-                assert work is not None
+                work = work or make(*arguments)
                 yield batch, work(batch)
         finally:
             torch.set_num_threads(threads)

@@ -29,6 +29,7 @@ from sda_fast.errors import SdaError
 from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.failures import Failures, report_listing, write_failures
 from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
+from sda_fast.stages.ranks import alone
 
 WATERMARK = "watermark"
 NOT_OFFICIAL = "made by sda-fast from other images: not the official files of ImageNet-C or ImageNet-W"
@@ -69,6 +70,7 @@ def corrupt_folder(
 
     Raises SdaError for wrong folders, unknown corruptions, settings out of range and a missing library or font.
     """
+    alone("corrupt")
     settings = settings or CorruptSettings()
     _check(corruptions, severities, settings)
     files, listed = find_images(input)

@@ -32,6 +32,7 @@ from sda_fast.models import Classifier, load_classifier
 from sda_fast.stages.failures import Failures, report_listing, write_failures
 from sda_fast.stages.manifest import file_sha256, made_with, open_output
 from sda_fast.stages.progress import progress
+from sda_fast.stages.ranks import alone
 from sda_fast.statistics import make_row
 
 RESULTS = "results.json"
@@ -70,6 +71,7 @@ def evaluate(
     `outcomes`: 1 or 0 per image in the order of the relative paths. Raises SdaError for folders that do not belong
     together, unknown classes, wrong weights and other settings than those of a run begun before.
     """
+    alone("evaluate")
     if mode not in MODES:
         raise SdaError(f"--ensemble {mode!r} is not known; choose one of {', '.join(MODES)}")
     if batch_size < 1:

@@ -21,6 +21,7 @@ from sda_fast.models import Classifier, load_classifier, save_checkpoint
 from sda_fast.models.checkpoints import read_checkpoint
 from sda_fast.stages.manifest import Output, file_sha256, open_output
 from sda_fast.stages.progress import progress
+from sda_fast.stages.ranks import alone
 from sda_fast.stages.recipes import Recipe, recipe_for
 
 MODEL = "model.safetensors"
@@ -44,6 +45,7 @@ def finetune(
     original. Resumes after the last whole epoch, with the very result of a run that was not interrupted.
     Raises SdaError for unknown class folders, wrong weights and other settings than those of a run begun before.
     """
+    alone("finetune")
     if seed < 0:
         raise SdaError(f"--seed {seed} is out of range: give at least 0")
     files = list_images(input)

@@ -17,6 +17,7 @@ from sda_fast.stages.config import RunConfig
 from sda_fast.stages.evaluate import evaluate
 from sda_fast.stages.failures import read_failures
 from sda_fast.stages.finetune import MODEL, finetune
+from sda_fast.stages.ranks import alone
 from sda_fast.stages.recipes import recipe_for
 from sda_fast.stages.synthesize import SynthesizeSettings, synthesize
 from sda_fast.weights import weights_path
@@ -34,6 +35,7 @@ def run(
     Stages that are finished are skipped and half-finished ones resumed, so the same call goes on after an
     interruption. Raises SdaError as the stages do.
     """
+    alone("run")
     root = Path(config.output)
     methods = {name: method_class(name) for name in config.evaluate.methods}
     kinds = sorted({m.projection for m in methods.values() if m.projection})

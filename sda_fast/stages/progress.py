@@ -13,13 +13,13 @@ _WINDOW = 20
 
 
 class Reporter:
-    """Counts what is done; `rate` and `remaining` know only what this run did. Safe to use from threads."""
+    """Counts what is done, `worked` of it by this run, which `rate` and `remaining` go by. Thread-safe."""
 
     def __init__(self, total: int, done: int = 0) -> None:
         self.total = total
         self.done = done
         self.changed: Callable[[], None] = lambda: None
-        self._worked = 0
+        self.worked = 0
         self._history = deque([(time.monotonic(), 0)], maxlen=_WINDOW)
         self._lock = threading.Lock()
 
@@ -27,8 +27,8 @@ class Reporter:
         """Report n more images done."""
         with self._lock:
             self.done += n
-            self._worked += n
-            self._history.append((time.monotonic(), self._worked))
+            self.worked += n
+            self._history.append((time.monotonic(), self.worked))
         self.changed()
 
     def skip(self, n: int = 1) -> None:

@@ -15,6 +15,7 @@ from sda_fast.models.vae import load_vae, vae_file
 from sda_fast.sampler import Sampler
 from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.manifest import Output, file_sha256, open_output
+from sda_fast.stages.ranks import is_first, ranks
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,14 @@ def synthesize(
     run_batches(
         todo,
         _make_work,
-        (dit, preset, vae, settings, names, device, out, todo[-1:] if workers == 1 else []),
+        (dit, preset, vae, settings, names, device, out, todo[-1:] if workers == 1 and ranks() is None else []),
         label="synthesis",
         total=len(keys),
         workers=workers,
         quiet=quiet,
     )
-    out.finish({"per_class": per_class, "images": len(keys)})
+    if is_first():
+        out.finish({"per_class": per_class, "images": len(keys)})
     return {"images": len(keys), "synthesized": sum(len(b) for b in todo), "output": str(output)}
 
 

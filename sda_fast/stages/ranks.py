@@ -1,0 +1,92 @@
+"""Several processes that torchrun started, on one machine or many: one queue of batches for all of them.
+
+Work is handed out batch by batch, so a slow process takes fewer. What an image becomes depends neither on who computes
+it nor on how many there are.
+"""
+
+import functools
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from sda_fast.errors import SdaError
+
+_PATIENCE = timedelta(days=30)  # torchrun ends all processes when one dies; until then a slow one is waited for
+
+
+class Ranks:
+    """This process among all. Every method but `first` and `size` must be called by all of them, in one order."""
+
+    def __init__(self, store: Any, rank: int, size: int):
+        self.size, self._rank, self._store = size, rank, store
+        self._calls = itertools.count()
+        store.set_timeout(_PATIENCE)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that reports and that writes what stands once."""
+        return self._rank == 0
+
+    def share(self, value: Any) -> Any:
+        """The first process's value, which must be JSON-able."""
+        key = f"share-{next(self._calls)}"
+        if self.first:
+            self._store.set(key, json.dumps(value))
+        return json.loads(self._store.get(key))
+
+    def gather(self, value: Any) -> list[Any]:
+        """All values by rank, when all processes have come here."""
+        key = f"gather-{next(self._calls)}"
+        self._store.set(f"{key}-{self._rank}", json.dumps(value))
+        return [json.loads(self._store.get(f"{key}-{rank}")) for rank in range(self.size)]
+
+    def take(self, count: int) -> Iterator[int]:
+        """Those of 0 ... count - 1 that fall to this process: the next one whenever it is ready for it."""
+        key = f"take-{next(self._calls)}"
+        while (i := self._store.add(key, 1) - 1) < count:
+            yield i
+
+    def total(self) -> "Total":
+        """A number that all processes add to."""
+        return Total(self._store, f"total-{next(self._calls)}")
+
+
+class Total:
+    def __init__(self, store: Any, key: str):
+        self._store, self._key = store, key
+
+    def add(self, n: int) -> int:
+        """The sum so far, `n` included."""
+        return self._store.add(self._key, n)
+
+
+@functools.cache
+def ranks() -> Ranks | None:
+    """The processes of this run, or None if torchrun started one or none. Raises SdaError if they do not meet."""
+    if int(os.environ.get("WORLD_SIZE", 1)) <= 1:
+        return None
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, rank, size = next(iter(rendezvous("env://")))
+    except (ValueError, RuntimeError) as error:
+        raise SdaError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not meet ({str(error).splitlines()[0]}): "
+            "start them with torchrun, or unset WORLD_SIZE"
+        ) from error
+    return Ranks(store, rank, size)
+
+
+def is_first() -> bool:
+    """Whether this process reports and writes what stands once: the only one, or the first of all."""
+    all_of_them = ranks()
+    return all_of_them is None or all_of_them.first
+
+
+def alone(command: str) -> None:
+    """Raises SdaError if torchrun started several processes, for stages that run in one."""
+    if ranks() is not None:
+        raise SdaError(f"{command} runs in one process: call it without torchrun")
