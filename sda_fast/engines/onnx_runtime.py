@@ -24,9 +24,11 @@ class OnnxEngine:
 
     def __post_init__(self) -> None:
         try:
+            import onnx  # noqa: F401  (and onnxscript, for the export)
             import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
         except ImportError as error:
-            raise SdaError('the onnx engine needs ONNX Runtime: pip install "sda-fast[onnx]"') from error
+            raise SdaError(f'the onnx engine needs {error.name}: pip install "sda-fast[onnx]"') from error
 
     def prepare(self, step: Step, example: tuple[Tensor, ...]) -> "OnnxProgram":
         if step.precision != "fp32" or example[0].device.type != "cpu":
