@@ -21,7 +21,7 @@ from sda_fast.sampler import Sampler
 HERE = [
     "eager",
     pytest.param("inductor", marks=pytest.mark.slow),  # the compilation of the original's small ADM, once
-    "onnx",
+    pytest.param("onnx", marks=pytest.mark.slow),  # its export, once
 ]
 OTHERS = HERE[1:]
 BATCH, FACTOR = 2, 4
@@ -80,8 +80,8 @@ def test_single_steps_follow_the_original(original, load_reference, prepared, en
 
 
 @pytest.mark.parametrize("engine", OTHERS)
-def test_output_and_gradient_are_those_of_the_reference(original, prepared, engine):
-    unet, lowpass = UNet(**original.config).eval(), LowPass(32, FACTOR)
+def test_output_and_gradient_are_those_of_the_reference(original, load_reference, prepared, engine):
+    unet, lowpass = UNet(**load_reference("adm_tiny")[1]["config"]).eval(), LowPass(32, FACTOR)
     unet.load_state_dict(original.state_dict())
     x, conditioning, coefficients, down = GuidedStep(original, lowpass).example(BATCH)
     position, timesteps = torch.zeros(2, dtype=torch.int64), torch.full((BATCH,), 500)
@@ -130,10 +130,12 @@ def test_synthesis_and_purification_are_the_eager_ones(tiny, engine):
     def purify(engine):
         return Purifier(adm, 3, "6", batch_size=2, engine=engine)(images)
 
-    for make in (sample, purify):
+    # The unguided step is half of the guided one, which Inductor has compiled above.
+    for make in (sample, purify) if engine == "onnx" else (sample,):
         assert (make(engine) - make("eager")).abs().mean() <= 1e-5
 
 
+@pytest.mark.slow
 def test_inductor_in_bf16_errs_no_more_than_plain_autocast(tiny):
     adm, lowpass = load_adm(tiny.adm), LowPass(16, FACTOR)
     unet = UNet(**adm.config).eval()

@@ -124,19 +124,26 @@ def test_another_error_is_not_taken_for_it(make, kind):
     assert made.batch_size == 4
 
 
-def test_the_tensors_of_a_failed_run_are_gone_before_the_next(make):
-    """On a GPU they would take the room that the smaller batch needs."""
-    seen = []
+@pytest.mark.parametrize("kind", ["projector", "sampler"])
+def test_the_tensors_of_a_failed_run_are_gone_when_its_memory_is_given_back(make, kind):
+    given, checked = [], []
 
     class Watched(Faulty):
         def prepare(self, step, example):
-            assert all(ref() is None for ref in seen)
-            seen.extend(weakref.ref(x) for x in example[:1])
+            given.append(weakref.ref(example[0]))
             return super().prepare(step, example)
 
-    _, run = make("projector", engine=Watched(torch.OutOfMemoryError("CUDA out of memory"), most=1), batch_size=4)
+    made, run = make(kind, engine=Watched(OUT_OF_MEMORY[0], most=1), batch_size=4)
+    forget = made.network.forget
+
+    def check():
+        made.network._programs.clear()  # the eager program keeps its example
+        checked.append(given[-1]() is None)
+        forget()
+
+    made.network.forget = check
     run()
-    assert len(seen) == 3
+    assert checked == [True, True]
 
 
 class Broken:
