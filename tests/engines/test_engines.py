@@ -194,9 +194,10 @@ def test_without_the_onnx_extra(monkeypatch, module):
         create_engine("onnx")
 
 
-def test_without_a_compiler(tiny, monkeypatch):
+def test_without_a_compiler(tiny, tmp_path, monkeypatch):
     from torch._inductor import config
 
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # failures are kept there
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(config, "force_disable_caches", True)
     step = ClassifierStep(load_classifier(tiny.resnet), 16)
