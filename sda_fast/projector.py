@@ -127,7 +127,7 @@ class _Reverse:
                 if not is_out_of_memory(error):
                     raise
                 self.batch_size = smaller_batch(self.batch_size or len(images), error, self.batch_unit)
-                self.network.forget()
+            self.network.forget()  # not above, where the error's traceback keeps all tensors of the failed run
 
 
 class Projector(_Reverse):

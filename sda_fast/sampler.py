@@ -85,7 +85,7 @@ class Sampler:
                 if not is_out_of_memory(error):
                     raise
                 self.batch_size = smaller_batch(self.batch_size or len(labels), error)
-                self.network.forget()
+            self.network.forget()  # not above, where the error's traceback keeps all tensors of the failed run
 
     @torch.no_grad()
     def _sample(self, part: Batch, labels: Tensor, blank: Tensor, source: Noise) -> Tensor:

@@ -52,9 +52,9 @@ def guide(
 
 
 def _power_of_two(cotangent: Tensor) -> Tensor:
-    """[N, 1, 1, 1]: what brings the largest element of each image to [1, 2); one where all are zero."""
+    """[N, 1, 1, 1]: what brings the largest element of each image to [1, 2), up to float32's own range of powers."""
     largest = cotangent.abs().amax((1, 2, 3), keepdim=True)
-    return torch.where(largest > 0, torch.exp2(-torch.floor(torch.log2(largest))), torch.ones_like(largest))
+    return torch.exp2(-torch.floor(torch.log2(largest)).clamp(min=-126))  # of zero as well
 
 
 def guided_step(

@@ -1,11 +1,15 @@
 """What every engine is: something that makes a step ready for inputs of fixed shapes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sda_fast.engines.batch_size import is_out_of_memory
 from sda_fast.engines.steps import Step
+from sda_fast.errors import SdaError
 
 
 class Program(Protocol):
@@ -32,6 +36,21 @@ class Engine(Protocol):
     def prepare(self, step: Step, example: tuple[Tensor, ...]) -> Program:
         """May take minutes (compilation). Raises SdaError, with a way out, where the engine cannot run the step."""
         ...
+
+
+@contextmanager
+def preparing(engine: str) -> Iterator[None]:
+    """Raises SdaError for whatever a compiler or runtime raises inside; running out of memory stays what it is."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SdaError) or is_out_of_memory(error):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SdaError(
+            f'the {engine} engine could not compile this step ({reason}): use --engine eager, or run "sda-fast doctor" '
+            "to see what is missing"
+        ) from error
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,16 @@ from sda_fast.engines.memory import peak_bytes
 from sda_fast.engines.steps import Step
 from sda_fast.errors import SdaError
 
+# As CUDA, PyTorch on the CPU, the C++ library, cuDNN and cuBLAS, and ONNX Runtime's arena say it.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "bad_alloc",
+    "alloc_failed",
+    "failed to allocate memory",
+)
+
 
 def affordable_batch(step: Step, processes: int = 1, most: int = 64) -> int:
     """How many images a run of the step may take at once: the largest power of two up to `most` whose activations
@@ -30,16 +40,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     told = str(error).lower()
-    return any(words in told for words in ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc"))
+    return any(words in told for words in _OUT_OF_MEMORY)
 
 
 def smaller_batch(size: int, error: Exception, unit: int = 1) -> int:
-    """What to try after memory ran out for `size` images: half, as a multiple of `unit`.
+    """What to try after memory ran out for `size` images: half, as a multiple of `unit`, but at least one `unit`.
 
     Raises SdaError, from `error`, where there is nothing smaller.
     """
-    half = size // 2 // unit * unit
-    if not half:
+    half = max(1, size // 2 // unit) * unit
+    if half >= size:
         raise SdaError(
             f"there is not enough memory for {size} image{'s' * (size > 1)} at a time: use a lower precision or a "
             "device with more memory"

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
-from sda_fast.engines.base import versions
+from sda_fast.engines.base import preparing, versions
 from sda_fast.engines.cuda_graph import CudaGraph
 from sda_fast.engines.graph import trace
 from sda_fast.engines.memory import peak_bytes
 from sda_fast.engines.steps import Step
-from sda_fast.errors import SdaError
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,8 @@ class InductorProgram:
 
         # Patched around the first call and not given to torch.compile, which would pass freezing on too late.
         settings = {"freezing": example[0].device.type == "cpu", "max_autotune": engine.max_autotune}
-        try:
-            with torch.no_grad(), inductor_config.patch(settings):
-                run(*example)
-        except Exception as error:  # whatever the compiler, its C++ compiler or Triton raises
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise SdaError(
-                f'the inductor engine could not compile this step ({reason}): use --engine eager, or run "sda-fast '
-                'doctor" to see what is missing'
-            ) from error
+        with preparing("inductor"), torch.no_grad(), inductor_config.patch(settings):
+            run(*example)
         graphed = engine.cuda_graphs and example[0].is_cuda
         self._run = CudaGraph(run, example).run if graphed else run
 

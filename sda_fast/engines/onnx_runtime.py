@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sda_fast.engines.base import versions
+from sda_fast.engines.base import preparing, versions
 from sda_fast.engines.graph import trace
 from sda_fast.engines.memory import peak_bytes
 from sda_fast.engines.onnx_export import export_onnx
@@ -22,6 +22,14 @@ class OnnxEngine:
 
     name = "onnx"
 
+    def __post_init__(self) -> None:
+        try:
+            import onnx  # noqa: F401  (and onnxscript, for the export)
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise SdaError(f'the onnx engine needs {error.name}: pip install "sda-fast[onnx]"') from error
+
     def prepare(self, step: Step, example: tuple[Tensor, ...]) -> "OnnxProgram":
         if step.precision != "fp32" or example[0].device.type != "cpu":
             raise SdaError(
@@ -33,15 +41,13 @@ class OnnxEngine:
 
 class OnnxProgram:
     def __init__(self, step: Step, example: tuple[Tensor, ...]):
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise SdaError('the onnx engine needs ONNX Runtime: pip install "sda-fast[onnx]"') from error
+        import onnxruntime
+
         self._step, self._example, self._version = step, example, onnxruntime.__version__
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
-        with tempfile.TemporaryDirectory() as folder:
+        with preparing("onnx"), tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "step.onnx"
             export_onnx(step, path, len(example[0]))
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
