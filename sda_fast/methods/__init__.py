@@ -30,6 +30,7 @@ METHODS = {
     "memo": "sda_fast.methods.memo:MEMO",
     "diffusion_tta": "sda_fast.methods.diffusion_tta:DiffusionTTA",
     "diffpure": "sda_fast.methods.diffpure:DiffPure",
+    "gda": "sda_fast.methods.gda:GDA",
     "dda": "sda_fast.methods.dda:DDA",
     "sda": "sda_fast.methods.sda:SDA",
 }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sda_fast.errors import SdaError
 from sda_fast.methods.base import Method, probabilities
@@ -40,7 +41,7 @@ class Adapting(Method):
         self, images: Tensor, projected: Tensor | None = None, seeds: Sequence[int] | Tensor | None = None
     ) -> Tensor:
         """Probabilities, float32 [N, K]; arguments as in `Method`. Raises SdaError for images that are not finite."""
-        identities = _identities(seeds, len(images))
+        identities = identities_of(seeds, len(images))
         if projected is None:
             projected = images if self.projector is None else self.projector(images, seeds=identities)
         if not bool(projected.isfinite().all()):  # they would stay in the weights
@@ -95,7 +96,15 @@ def generator(seed: int, identity: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, identity % 2**64], np.uint64)))
 
 
-def _identities(seeds: Sequence[int] | Tensor | None, n: int) -> list[int]:
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images [N, 3, H, W] as [N, 3, size, size], bilinear with antialiasing where they are not so already."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def identities_of(seeds: Sequence[int] | Tensor | None, n: int) -> list[int]:
+    """One integer per image, by default 0, 1, ... Raises SdaError for anything else."""
     identities = list(range(n)) if seeds is None else seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
     if len(identities) != n or not all(isinstance(i, int) for i in identities):
         raise SdaError(f"seeds must be one integer for each of the {n} images")

@@ -16,6 +16,7 @@ from sda_fast.methods.adaptation import (
     batch_norms,
     generator,
     parameters_of,
+    resized,
     restore,
     working_copy,
 )
@@ -116,10 +117,10 @@ class DiffusionTTA(Adapting):
         """What the DiT sees of images [N, 3, H, W]: the images or the means of their latents, [N, C, S, S]."""
         size = self.dit.input_size
         if self.vae is None:
-            return _resized(images, size)
+            return resized(images, size)
         autoencoder = self.vae.autoencoder
         reduction = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-        return autoencoder.encode(_resized(images, size * reduction)).latent_dist.mean * self.vae.scale
+        return autoencoder.encode(resized(images, size * reduction)).latent_dist.mean * self.vae.scale
 
     def accumulate(self, image: Tensor, x0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """Add the gradients of the loss of P pairs to the parameters'; returns the loss.
@@ -181,9 +182,3 @@ def matching_classes(model: nn.Module, dit: DiT) -> list[int]:
     if unknown := [name for name in ours if name not in dit.classes]:
         raise SdaError(f"the DiT does not know the classifier's class {unknown[0]!r}: give one with the same classes")
     return [dit.classes.index(name) for name in ours]
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    if images.shape[-2:] == (size, size):
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)

@@ -125,7 +125,8 @@ def test_options_a_method_does_not_take_are_refused():
 
 def test_importing_the_methods_imports_none():
     code = "import sys, sda_fast.methods; print(*sys.modules)"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
     assert "sda_fast.methods.base" in loaded
     own = {name for name in loaded if name.startswith("sda_fast")}
     assert own == {"sda_fast", "sda_fast.errors", "sda_fast.methods", "sda_fast.methods.base"}
