@@ -42,6 +42,7 @@ _OPTIONAL = (
         'pip install "sda-fast[photos]"',
     ),
     ("latent decoding", ("diffusers",), 'pip install "sda-fast[vae]"'),
+    ("DiffPure's SDE", ("torchsde",), 'pip install "sda-fast[diffpure]"'),
 )
 _NO_GPU = "no NVIDIA GPU was found"
 

@@ -1,8 +1,9 @@
 """The commands. Heavy imports wait until a command runs, so that --help answers at once."""
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -164,9 +165,21 @@ def evaluate(
     projection: Annotated[
         list[str] | None, typer.Option(help="KIND=FOLDER, KIND being dda or diffpure; may be repeated.")
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Method to score [all that can be]; repeatable.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Method to score [all quick ones that can be]; repeatable.")
+    ] = None,
+    network: Annotated[
+        list[str] | None, typer.Option(help="KIND=FILE, a diffusion model: adm, dit or vae; repeatable.")
+    ] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="KIND=NAME, how published weights are built; repeatable.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="METHOD.NAME=VALUE, such as memo.views=16; repeatable.")
+    ] = None,
     ensemble: Annotated[str, typer.Option(help="How original and projection are combined.")] = "sum",
-    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per batch; Tent learns from each as a whole.")] = 64,
     decoder: Decoder = "pillow",
     resize: Annotated[
         bool, typer.Option(help="Enlarge as published (256, then a crop of 224), or go straight to the crop.")
@@ -187,7 +200,11 @@ def evaluate(
         weights_path(finetuned) if finetuned else None,
         folders,
         method or None,
+        networks=_by_kind("network", network or []),
+        presets=_by_kind("preset", preset or []),
+        options=_options(option or []),
         mode=ensemble,
+        seed=seed,
         batch_size=batch_size,
         decoder=decoder,
         resize=resize,
@@ -195,6 +212,31 @@ def evaluate(
     )
     say({"rows": rows}, as_json, to_text(accuracy_table(rows, layout="tall")) if rows and not as_json else "")
     end(output)
+
+
+def _by_kind(option: str, items: list[str]) -> dict[str, str]:
+    values = {}
+    for item in items:
+        kind, _, values[kind] = item.partition("=")
+        if not values[kind]:
+            raise SdaError(f"--{option} {item} is not of the form KIND=VALUE, KIND being adm, dit or vae")
+    return values
+
+
+def _options(items: list[str]) -> dict[str, dict[str, Any]]:
+    """By method and name, each value as JSON where it is that, else as text."""
+    options: dict[str, dict[str, Any]] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        method, dot, name = key.partition(".")
+        if not (equals and dot and method and name):
+            raise SdaError(f"--option {item} is not of the form METHOD.NAME=VALUE, such as memo.views=16")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        options.setdefault(method, {})[name] = value
+    return options
 
 
 def _kind_and_folder(item: str) -> tuple[str, Path]:

@@ -1,26 +1,36 @@
-"""The adaptation methods on one footing: images in, class probabilities out.
+"""The adaptation methods on one footing: images and their identities in, class probabilities out.
 
 To add one, write a file with a class like those here and name it in `METHODS`; it then appears in `sda-fast
-evaluate`, the tables and the report. What a method may look at is what its class attributes ask for:
+evaluate`, the tables and the report. What a method asks for and promises stands in its attributes:
 
     title       its name in tables
     projection  the projection of the image it uses: "dda", "diffpure" or None
     finetuned   whether it needs the model fine-tuned on aligned synthetic images
     ensemble    whether it combines two predictions and so takes `mode`
+    needs       the diffusion models that its constructor takes beside the classifier: "adm", "dit"
+    on_request  whether it is left out where no methods are named, as it takes its time
+    per_image   whether an image's result depends on that image alone, not on the stream it stands in
 
-and `scores(images, projected)` gives probabilities [N, K] from images and their projections, both [N, 3, H, W] in
-[-1, 1]. Modules are imported when a method is asked for.
+`tta(images, projected=None, seeds=None)` gives probabilities [N, K] of images [N, 3, H, W] in [-1, 1]; `tta.reset()`
+forgets what the stream taught; `tta.cost()` counts network evaluations per image. A method that combines predictions
+writes `scores` (dda.py is an example), one that changes weights writes `adapt` (tent.py). Modules are imported
+when a method is asked for.
 """
 
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from sda_fast.errors import SdaError
-from sda_fast.methods.base import Method
+from sda_fast.methods.base import Cost, Method
 
 METHODS = {
     "source": "sda_fast.methods.source:Source",
+    "tent": "sda_fast.methods.tent:Tent",
+    "memo": "sda_fast.methods.memo:MEMO",
+    "diffusion_tta": "sda_fast.methods.diffusion_tta:DiffusionTTA",
     "diffpure": "sda_fast.methods.diffpure:DiffPure",
+    "gda": "sda_fast.methods.gda:GDA",
     "dda": "sda_fast.methods.dda:DDA",
     "sda": "sda_fast.methods.sda:SDA",
 }
@@ -38,9 +48,14 @@ def create(name: str, model: Any, **options: Any) -> Method:
     """A method around a classifier: `create("sda", model, finetuned=other, projector=projector)(images)`.
 
     model: a `Classifier`, or any module from [N, 3, H, W] in [-1, 1] to logits [N, K]. options: those of the class.
-    Raises SdaError for an unknown method.
+    Raises SdaError for an unknown method, or options it does not take or lacks.
     """
-    return method_class(name)(model, **options)
+    kind = method_class(name)
+    try:
+        signature(kind).bind(model, **options)
+    except TypeError as error:
+        raise SdaError(f"method {name}: {error}; it takes {', '.join(signature(kind).parameters)}") from error
+    return kind(model, **options)
 
 
-__all__ = ["METHODS", "Method", "create", "method_class"]
+__all__ = ["METHODS", "Cost", "Method", "create", "method_class"]

@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sda_fast.data import (
     ImageFile,
     Prefetcher,
     find_images,
+    identity,
     label_indices,
     make_reader,
     pair,
@@ -25,12 +27,13 @@ from sda_fast.data import (
 from sda_fast.data.readers import Cropped, Reader
 from sda_fast.errors import SdaError
 from sda_fast.files import write_json
-from sda_fast.methods import METHODS, method_class
+from sda_fast.methods import METHODS, create, method_class
 from sda_fast.methods.base import Method
 from sda_fast.methods.ensembles import MODES
 from sda_fast.models import Classifier, load_classifier
 from sda_fast.stages.failures import Failures, report_listing, write_failures
 from sda_fast.stages.manifest import file_sha256, made_with, open_output
+from sda_fast.stages.networks import load_networks, network_files
 from sda_fast.stages.progress import progress
 from sda_fast.stages.ranks import alone
 from sda_fast.statistics import make_row
@@ -47,7 +50,11 @@ def evaluate(
     methods: Sequence[str] | None = None,
     *,
     name: str | None = None,
+    networks: Mapping[str, str | Path] | None = None,
+    presets: Mapping[str, str] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     mode: str = "sum",
+    seed: int = 0,
     batch_size: int = 64,
     decoder: str = "pillow",
     resize: bool = True,
@@ -57,9 +64,15 @@ def evaluate(
     """Score methods on the images below `input` and write `<output>/results.json`; returns its rows.
 
     input: `[<corruption>/[<severity>/]]<class>/<file>`; a subset of classes may be present. projections: folder by
-    kind ("dda", "diffpure"), mirroring `input`. methods: by default all whose needs are met. name: of the classifier
-    in tables, by default its file's. Labels go by folder name, pairs by relative path. Every corruption's result is
-    kept as it is made, so an interrupted run goes on. decoder: how images are read, see `sda_fast.data.readers`.
+    kind ("dda", "diffpure"), mirroring `input`. methods: by default all whose needs are met, without those that take
+    their time (`Method.on_request`). name: of the classifier in tables, by default its file's. Labels go by folder
+    name, pairs by relative path. Every corruption's result is kept as it is made, so an interrupted run goes on.
+    decoder: how images are read, see `sda_fast.data.readers`.
+
+    networks: files of the diffusion models that methods ask for, by kind ("adm", "dit", "vae"); presets: what
+    published ones are called, by kind. options: by method, what its class takes. Methods that learn from the images
+    they see do so in the order of the relative paths, which goes class by class, in batches of `batch_size`, and are
+    reset before each corruption. seed: the key of what is random in a method, beside an image's path.
 
     resize: whether images are enlarged as the classifier's evaluation does, the short side to 256 before a crop of 224;
     if not, the short side goes straight to the crop, which leaves ImageNet-C's images of 224 pixels as they are.
@@ -85,7 +98,13 @@ def evaluate(
         raise SdaError(f"{finetuned} has other classes than {model}: fine-tune the model you evaluate")
     labels = dict(zip([file.key for file in files], label_indices(files, source.classes), strict=True))
     folders = dict(projections or {})
-    chosen = _choose(methods, folders, adapted is not None)
+    chosen = _choose(methods, folders, adapted is not None, networks or {})
+    options, presets, network = options or {}, presets or {}, network_files(networks or {}, presets or {})
+    if unused := set(options) - set(chosen):
+        raise SdaError(f"options are given for method {min(unused)}, which is not scored: name it in methods")
+    given: dict[str, Any] = {**load_networks(network, presets, device), "mode": mode, "seed": seed}
+    given["finetuned"] = adapted and adapted.to(device)
+    created = [_create(m, source.to(device), given, options.get(m, {})) for m in chosen]
     needed = {p for m in chosen if (p := method_class(m).projection)}
     pairs = {kind: _pairs(files, folders[kind], kind, failures) for kind in sorted(needed)}
     crop = EvaluationCrop(source.input_size, source.resize if resize else source.input_size)
@@ -98,7 +117,10 @@ def evaluate(
         "projections": {kind: str(Path(folders[kind]).resolve()) for kind in pairs},
         "projections_made_with": {kind: made_with(folders[kind]) for kind in pairs},
         "methods": chosen,
+        "networks": {kind: file_sha256(file) for kind, file in network.items()},
+        "options": {name: dict(values) for name, values in options.items()},
         "mode": mode,
+        "seed": seed,
         "batch_size": batch_size,
         "decoder": decoder,
         "resize": resize,
@@ -106,7 +128,6 @@ def evaluate(
         "weights": weights,
     }
     out = open_output(output, "evaluate", settings)
-    created = [_create(m, source.to(device), adapted and adapted.to(device), mode) for m in chosen]
     name = name or Path(model).stem
     rows: list[dict[str, Any]] = []
     with progress(len(files), f"evaluating {name}", quiet) as reporter:
@@ -117,6 +138,8 @@ def evaluate(
                 reporter.skip(len(members))
                 continue
             usable = [file for file in members if file.name not in failures]
+            for method in created:
+                method.reset()
             outcomes, unreadable = _outcomes(
                 created, usable, labels, pairs, reader, batch_size, device, reporter.advance
             )
@@ -136,15 +159,20 @@ def evaluate(
     return rows
 
 
-def _choose(methods: Sequence[str] | None, folders: Mapping[str, Any], finetuned: bool) -> list[str]:
+def _choose(
+    methods: Sequence[str] | None, folders: Mapping[str, Any], finetuned: bool, networks: Mapping[str, Any]
+) -> list[str]:
     def lack(name: str) -> str | None:
         kind = method_class(name)
+        for network in kind.needs:
+            if network not in networks:
+                return f"a diffusion model of kind {network}: give --network {network}=FILE"
         if kind.projection and kind.projection not in folders:
             return f"the {kind.projection} projections: give --projection {kind.projection}=FOLDER"
         return "a fine-tuned model: give --finetuned FILE" if kind.finetuned and not finetuned else None
 
     if methods is None:
-        return [name for name in METHODS if lack(name) is None]
+        return [name for name in METHODS if lack(name) is None and not method_class(name).on_request]
     for name in methods:
         if reason := lack(name):
             raise SdaError(f"method {name} needs {reason}")
@@ -174,12 +202,10 @@ def _pairs(files: Sequence[ImageFile], folder: str | Path, kind: str, failures: 
     return by_key
 
 
-def _create(name: str, source: Classifier, adapted: Classifier | None, mode: str) -> Method:
-    kind = method_class(name)
-    options: dict[str, Any] = {"finetuned": adapted} if kind.finetuned else {}
-    if kind.ensemble:
-        options["mode"] = mode
-    return kind(source, **options)
+def _create(name: str, source: Classifier, given: Mapping[str, Any], options: Mapping[str, Any]) -> Method:
+    """A method with as much of what is given as its class takes."""
+    taken = {key: value for key, value in given.items() if key in signature(method_class(name)).parameters}
+    return create(name, source, **{**taken, **options})
 
 
 def _groups(files: Sequence[ImageFile]) -> dict[str, list[ImageFile]]:
@@ -230,9 +256,10 @@ def _outcomes(
         good = [i for i, key in enumerate(keys) if key not in errors]
         if good:
             truth = torch.tensor([labels[keys[i]] for i in good])
+            seeds = [identity("evaluate", keys[i]) for i in good]
             x = {kind: _stack([images[i] for i in good]).to(device) for kind, images in pictures.items()}
             for method, results in zip(methods, correct, strict=True):
-                scores = method(x[""], x.get(method.projection) if method.projection else None)
+                scores = method(x[""], x.get(method.projection) if method.projection else None, seeds)
                 results.append(scores.argmax(dim=1).cpu() == truth)
         advance(len(keys))
     return [torch.cat(results).numpy() if results else np.zeros(0, bool) for results in correct], failures

@@ -1,5 +1,6 @@
 """Each method's scores by hand, on classifiers and projectors that are small enough to follow."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from sda_fast.errors import SdaError
 from sda_fast.methods import METHODS, Method, create, method_class
 from sda_fast.methods.ensembles import MODES, combine_scores
 
+# What looks at the image and its projection with the weights it is given; the others have files of their own.
 PROJECTION = {"source": None, "diffpure": "diffpure", "dda": "dda", "sda": "dda"}
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 PROJECTED = IMAGES.flip(-1) * 0.5
@@ -56,14 +58,14 @@ def build(name, **options):
     return create(name, Means(9.0), **options)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PROJECTION)
 def test_scores_by_hand(name):
     result = build(name)(IMAGES, PROJECTED)
     torch.testing.assert_close(result, EXPECTED[name])
     assert not result.requires_grad
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PROJECTION)
 def test_projections_are_made_where_they_are_needed_and_missing(name):
     projector = Halving()
     method = build(name, projector=projector)
@@ -95,16 +97,40 @@ def test_an_unknown_mode_is_refused():
         build("sda", mode="median")(IMAGES, PROJECTED)
 
 
+def named(attribute):
+    return {name: value for name in METHODS if (value := getattr(method_class(name), attribute))}
+
+
 def test_methods_say_what_they_may_look_at():
-    assert {name: method_class(name).projection for name in METHODS} == PROJECTION
-    assert [name for name in METHODS if method_class(name).finetuned] == ["sda"]
-    titles = [method_class(name).title for name in METHODS]
-    assert titles == ["Source", "DiffPure", "DDA", "SDA"]
+    assert named("projection") == {name: kind for name, kind in PROJECTION.items() if kind}
+    assert list(named("finetuned")) == ["sda"]
+    assert named("needs") == {"diffusion_tta": ("dit",), "gda": ("adm",)}
+    assert set(named("on_request")) == set(METHODS) - set(PROJECTION)
+    assert set(METHODS) - set(named("per_image")) == {"tent"}
+    titles = ["Source", "Tent", "MEMO", "Diffusion-TTA", "DiffPure", "GDA", "DDA", "SDA"]
+    assert list(named("title").values()) == titles
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(SdaError, match="method 'magic' is not known; choose from source, diffpure, dda, sda"):
+    with pytest.raises(SdaError, match="method 'magic' is not known; choose from source, tent, memo, diffusion_tta"):
         create("magic", Means(1.0))
+
+
+def test_options_a_method_does_not_take_are_refused():
+    with pytest.raises(SdaError, match="method tent: got an unexpected keyword argument 'views'; it takes model, proj"):
+        create("tent", Means(1.0), views=64)
+    with pytest.raises(SdaError, match="method diffusion_tta: missing a required argument: 'dit'; it takes model, dit"):
+        create("diffusion_tta", Means(1.0))
+
+
+def test_importing_the_methods_imports_none():
+    code = "import sys, sda_fast.methods; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "sda_fast.methods.base" in loaded
+    own = {name for name in loaded if name.startswith("sda_fast")}
+    assert own == {"sda_fast", "sda_fast.errors", "sda_fast.methods", "sda_fast.methods.base"}
+    assert loaded.isdisjoint({"timm", "diffusers", "torchsde", "torchvision", "PIL", "scipy"})
 
 
 def test_naming_a_class_adds_a_method(monkeypatch):

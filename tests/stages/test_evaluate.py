@@ -8,6 +8,7 @@ from torch import nn
 
 from sda_fast.data import read_image, resize_short_side, to_unit, write_png
 from sda_fast.errors import SdaError
+from sda_fast.methods.tent import Tent
 from sda_fast.models import load_classifier
 from sda_fast.stages import evaluate as stage
 from sda_fast.stages.align import AlignSettings, align
@@ -229,7 +230,15 @@ def test_other_settings_are_not_mixed_in(tree):
     ("options", "message"),
     [
         ({"mode": "mean"}, "--ensemble 'mean' is not known; choose one of sum, first"),
-        ({"methods": ["tent"]}, "method 'tent' is not known; choose from source, diffpure, dda, sda"),
+        ({"methods": ["magic"]}, "method 'magic' is not known; choose from source, tent, memo, diffusion_tta"),
+        ({"methods": ["gda"]}, "method gda needs a diffusion model of kind adm: give --network adm=FILE"),
+        ({"options": {"tent": {"steps": 2}}}, "options are given for method tent, which is not scored"),
+        ({"methods": ["source"], "options": {"source": {"x": 1}}}, "method source: got an unexpected keyword argument"),
+        ({"networks": {"unet": "file"}}, "--network unet= is not known; choose from adm, dit, vae"),
+        (
+            {"presets": {"adm": "imagenet256"}},
+            "--preset adm=imagenet256 is of no use without the model",
+        ),
         ({"methods": ["sda"], "finetuned": None}, "method sda needs a fine-tuned model: give --finetuned FILE"),
         (
             {"methods": ["dda"], "projections": {}},
@@ -281,3 +290,32 @@ def test_real_models_see_resized_pictures(tmp_path, tiny, write_images):
         image = resize_short_side(read_image(tmp_path / "set" / name), 18)
         right += str(int(classifier(to_unit(image)).argmax() == label))
     assert [row["outcomes"] for row in rows] == [right]
+
+
+def test_methods_that_adapt_are_run_when_named(tiny, write_images, tmp_path, monkeypatch):
+    names = [f"{corruption}/{label}/{i}.png" for corruption in ("fog", "snow") for label in CLASSES for i in range(2)]
+    write_images(tmp_path / "target", names)
+    options = {
+        "memo": {"views": 2},
+        "diffusion_tta": {"updates": 1, "pairs": 2},
+        "gda": {"views": 2, "start": 1},
+    }
+    settings = {
+        "methods": ["tent", *options],
+        "networks": {"adm": tiny.adm, "dit": tiny.dit},
+        "options": options,
+        "batch_size": 4,
+        "quiet": True,
+    }
+    resets, reset = [], Tent.reset
+    monkeypatch.setattr(Tent, "reset", lambda self: (resets.append(self), reset(self)))
+    rows = evaluate(tmp_path / "target", tmp_path / "out", tiny.resnet, **settings)
+    assert len(resets) == 2, "once before each corruption"
+    assert [row["method"] for row in rows] == ["Tent", "MEMO", "Diffusion-TTA", "GDA"] * 2
+    assert {row["images"] for row in rows} == {6}
+    # By identities, and without what another corruption taught: one alone gives the same rows.
+    shutil.rmtree(tmp_path / "target" / "fog")
+    alone = evaluate(tmp_path / "target", tmp_path / "alone", tiny.resnet, **settings)
+    assert outcomes(alone) == outcomes(rows[4:])
+    with pytest.raises(SdaError, match="was made with seed = 0, this run has seed = 1"):
+        evaluate(tmp_path / "target", tmp_path / "alone", tiny.resnet, **{**settings, "seed": 1})

@@ -168,7 +168,7 @@ def test_methods_that_need_no_adaptation_synthesize_nothing(tmp_path, config, ru
         ("[diffpure]", '[diffpure]\nprojection = "dda"', "[diffpure] projection = 'dda' must be 'diffpure'"),
         ("ablation = true", 'mode = "mean"', "[evaluate] mode = 'mean' is not known; choose one of sum"),
         ("ablation = true", "batch_size = 0", "[evaluate] batch_size = 0 is out of range"),
-        ("ablation = true", 'methods = ["tent"]', "method 'tent' is not known"),
+        ("ablation = true", 'methods = ["magic"]', "method 'magic' is not known"),
         ('recipe = "photos"', 'recipe = "photo"', "recipe 'photo' is not known"),
         ("per_class = 2", "per_class = 0", "--per-class 0 is out of range"),
         ("[classifiers]", "workers = 0\n[classifiers]", "--workers 0 is out of range"),

@@ -1,0 +1,46 @@
+"""CPU seconds of one core that each method takes per image, published settings, on the testbed's 32x32 models.
+
+python benchmarks/methods.py
+"""
+
+import time
+
+import torch
+
+from sda_fast import Projector
+from sda_fast.methods import METHODS, create, method_class
+from sda_fast.methods.vp_sde import SDEPurifier
+from sda_fast.models import load_adm, load_classifier, load_dit
+from sda_fast.weights import weights_path
+
+IMAGES = {"source": 64, "tent": 64, "memo": 4, "diffusion_tta": 1, "gda": 2}  # the others: 10
+
+
+def seconds(name: str, classifier: torch.nn.Module, networks: dict[str, torch.nn.Module]) -> float:
+    kind = method_class(name)
+    options: dict = {need: networks[need] for need in kind.needs}
+    if kind.finetuned:
+        options["finetuned"] = classifier
+    if kind.projection:
+        options["projector"] = {"dda": Projector, "diffpure": SDEPurifier}[kind.projection](networks["adm"])
+    tta = create(name, classifier, **options)
+    images = torch.rand(IMAGES.get(name, 10), 3, 32, 32) * 2 - 1
+    if name in ("source", "tent", "memo", "gda"):  # short ones show what is compiled at the first call
+        tta(images)
+    begin = time.process_time()
+    tta(images)
+    return (time.process_time() - begin) / len(images)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    networks = {"adm": load_adm(weights_path("photos:adm")), "dit": load_dit(weights_path("photos:dit"))}
+    for model in ("resnet", "convnext"):
+        classifier = load_classifier(weights_path(f"photos:{model}"))
+        for name in METHODS:
+            print(f"{model:8} {name:13} {seconds(name, classifier, networks):9.4f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
