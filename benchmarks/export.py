@@ -66,8 +66,8 @@ def export(model: str, precision: Any) -> dict[str, Any]:
         export_onnx(step, path, BATCH)
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
-        operators, problems = check(path)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
+        operators, problems = check(path)
     return {
         "model": model,
         "precision": precision,

@@ -8,6 +8,7 @@ import enum
 import json
 import types
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class FakeTensorRT(types.ModuleType):
     def __init__(self, version: str = "10.13.3.9"):
         super().__init__("tensorrt")
         self.__version__ = version
+        self.__spec__ = ModuleSpec("tensorrt", None)  # torch looks for it
         self.calls: list[tuple[Any, ...]] = []
         self.failures: dict[str, Any] = {}
         self.log: Any = None
