@@ -68,12 +68,13 @@ class TensorRTEngine:
             raise SdaError(f"profile {self.profile} must be the least, usual and greatest batch, in this order")
         if not least <= batch <= greatest:
             raise SdaError(f"batch {batch} is outside of the profile {self.profile}: change one of them")
-        growing = [len(one) != len(two) for one, two in zip(step.example(1), step.example(2), strict=True)]
+        one, two = step.example(1), step.example(2)
+        growing = [len(x) != len(y) for x, y in zip(one, two, strict=True)]
+        if any(len(x) > 1 for x in one):
+            raise SdaError("a step of two rows per image (guidance by class) has no profile: build it for one batch")
         shapes = [[tuple(x.shape) for x in step.example(n)] for n in self.profile]
-        of_inputs = zip(step.inputs, *shapes, strict=True)
-        return {
-            name: (low, mid, high) for (name, low, mid, high), grows in zip(of_inputs, growing, strict=True) if grows
-        }
+        of_inputs = zip(step.inputs, growing, *shapes, strict=True)
+        return {name: (low, mid, high) for name, grows, low, mid, high in of_inputs if grows}
 
     def _settings(self, step: Step, batch: int | None, profiles: Profiles, gpu: "Gpu") -> dict[str, Any]:
         """All that a plan depends on.

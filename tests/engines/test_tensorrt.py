@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from sda_fast.diffusion import LowPass
-from sda_fast.engines import ClassifierStep, GuidedStep, UnguidedStep, create_engine, tensorrt
+from sda_fast.engines import ClassifierStep, DiTStep, GuidedStep, UnguidedStep, create_engine, tensorrt
 from sda_fast.engines.graph import trace
 from sda_fast.engines.onnx_export import export_onnx
 from sda_fast.engines.tensorrt import TensorRTEngine, TensorRTProgram, graph_hash
 from sda_fast.engines.tensorrt_api import Execution
 from sda_fast.errors import SdaError
-from sda_fast.models import ADM
+from sda_fast.models import ADM, load_dit
 
 # The smallest ADM with every kind of block: up, down, shortcut by 1x1, attention.
 ADM_CONFIG = {
@@ -318,6 +318,13 @@ def test_profiles_that_cannot_be(trt, engine, small, profile, batch, sentence):
     trt()
     with pytest.raises(SdaError, match=sentence):
         engine(profile=profile).prepare(small, small.example(batch))
+
+
+def test_a_dit_under_guidance_has_no_profile(trt, engine, tiny):
+    trt()
+    step = DiTStep(load_dit(tiny.dit), cfg_scale=4.0)
+    with pytest.raises(SdaError, match="two rows per image"):
+        engine(profile=(1, 2, 4)).prepare(step, step.example(2))
 
 
 def test_without_tensorrt_or_a_gpu_it_says_so(monkeypatch, trt, small):
