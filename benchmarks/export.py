@@ -5,7 +5,7 @@
 Each file is exported by a process of its own, then checked: by onnx.checker, and against what TensorRT supports
 (`onnx_rules`). A row holds {model, precision, batch, nodes, operators, problems, bytes, seconds, peak_gb}; seconds and
 peak memory are those of the export, the latter with the model in it. Rows of models that are not asked for
-stay. Exits with 1 if a file has problems. adm-256 takes about 10 GB.
+stay. Exits with 1 if a file has problems. adm-256 takes about 7 GB.
 """
 
 import argparse
