@@ -8,7 +8,7 @@ take apart where it has no fused kernel.
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from sda_fast.engines.graph import trace
 from sda_fast.engines.steps import Step
@@ -16,6 +16,7 @@ from sda_fast.errors import SdaError
 
 OPSET = 22
 DYNAMIC_EXAMPLE = 7  # images; a batch that is no other size in a step, as tracing with an open batch requires
+_INLINE_BYTES = 4096  # of a tensor that stays in the file itself: shapes must, and those of a Split have hundreds
 
 
 def export_onnx(step: Step, path: Path, batch: int | None) -> None:
@@ -26,11 +27,11 @@ def export_onnx(step: Step, path: Path, batch: int | None) -> None:
     """
     try:
         import onnx  # noqa: F401  (torch wants it)
+        import onnx_ir
         import onnxscript.optimizer
     except ImportError as error:
         raise SdaError('ONNX export needs onnx and onnxscript: pip install "sda-fast[onnx]"') from error
-    example = step.example(DYNAMIC_EXAMPLE if batch is None else batch)
-    graph = trace(step, example, "portable", dynamic_batch=batch is None)
+    graph, example = portable_graph(step, batch)
     exported = torch.export.export(graph, example, dynamic_shapes=_dynamic_shapes(example) if batch is None else None)
     program = torch.onnx.export(
         exported,
@@ -45,7 +46,13 @@ def export_onnx(step: Step, path: Path, batch: int | None) -> None:
     assert program is not None
     # torch's own call of the optimizer infers shapes with onnx, which copies all weights and cannot pass 2 GB.
     onnxscript.optimizer.optimize(program.model, num_iterations=2, onnx_shape_inference=False)
-    program.save(str(path), external_data=True)
+    onnx_ir.save(program.model, path, external_data=f"{path.name}.data", size_threshold_bytes=_INLINE_BYTES)
+
+
+def portable_graph(step: Step, batch: int | None) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """What `export_onnx` makes a file of, and the inputs it was traced with."""
+    example = step.example(DYNAMIC_EXAMPLE if batch is None else batch)
+    return trace(step, example, "portable", dynamic_batch=batch is None), example
 
 
 def _dynamic_shapes(example: tuple[Tensor, ...]) -> tuple[dict[int, object] | None, ...]:

@@ -114,7 +114,8 @@ class ResBlock(nn.Module):
 def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution of one tap (the published checkpoints have these) as the matrix product it is: x [N, T, C]."""
     assert isinstance(conv, nn.Conv1d)
-    return F.linear(x, conv.weight[:, :, 0], conv.bias)
+    # Contiguous, or torch multiplies image by image with copies of the weights, and a traced graph holds every copy.
+    return F.linear(x.contiguous(), conv.weight[:, :, 0], conv.bias)
 
 
 class AttentionBlock(nn.Module):
