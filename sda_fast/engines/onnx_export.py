@@ -6,6 +6,7 @@ take apart where it has no fused kernel.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -46,6 +47,7 @@ def export_onnx(step: Step, path: Path, batch: int | None) -> None:
     assert program is not None
     # torch's own call of the optimizer infers shapes with onnx, which copies all weights and cannot pass 2 GB.
     onnxscript.optimizer.optimize(program.model, num_iterations=2, onnx_shape_inference=False)
+    _match_kernels(program.model)
     onnx_ir.save(program.model, path, external_data=f"{path.name}.data", size_threshold_bytes=_INLINE_BYTES)
 
 
@@ -53,6 +55,19 @@ def portable_graph(step: Step, batch: int | None) -> tuple[fx.GraphModule, tuple
     """What `export_onnx` makes a file of, and the inputs it was traced with."""
     example = step.example(DYNAMIC_EXAMPLE if batch is None else batch)
     return trace(step, example, "portable", dynamic_batch=batch is None), example
+
+
+def _match_kernels(model: Any) -> None:
+    """In place: the optimizer folds batch norms into convolutions in float32, and leaves them so beside half images."""
+    import onnx_ir
+
+    for node in model.graph:
+        if node.op_type == "Conv":
+            dtype = node.inputs[0].dtype
+            for value in node.inputs[1:]:
+                if value is not None and value.dtype != dtype:
+                    value.const_value = onnx_ir.tensor(value.const_value.numpy().astype(dtype.numpy()), name=value.name)
+                    value.dtype = dtype
 
 
 def _dynamic_shapes(example: tuple[Tensor, ...]) -> tuple[dict[int, object] | None, ...]:

@@ -110,6 +110,19 @@ def test_the_guided_step_in_half_precision_is_what_tensorrt_supports(precision, 
     assert kernels.count(kinds[precision]) == len(kernels) - 2
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_batch_norm_in_half_precision_becomes_part_of_its_convolution(precision, tmp_path):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), norm, nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+    export_onnx(ClassifierStep(network, 8, precision), tmp_path / "step.onnx", 2)
+    operators, problems = onnx_rules.check(tmp_path / "step.onnx")
+    assert problems == {}
+    assert operators["Conv"] == 1
+    assert "BatchNormalization" not in operators
+
+
 def test_weights_are_not_repeated_for_every_image():
     step = UnguidedStep(ADM(**{**ADM_CONFIG, "channel_mult": [1]}))
     largest = max(parameter.numel() for parameter in step.parameters())
