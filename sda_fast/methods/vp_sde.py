@@ -24,7 +24,8 @@ class SDEPurifier:
 
     Nie et al. 2022, equations 2 and 4, with beta from 0.1 to 20. As published, images are noised with the discrete
     alphas_cumprod[start - 1], the network is told floor(1000 t), x_0 is not clamped, and the integration ends at
-    t = 1e-5. `Purifier` is the variant by ancestral sampling. Arguments and guarantees are those of `Purifier`.
+    t = 1e-5. `Purifier` is the variant by ancestral sampling and shares arguments and guarantees, but here
+    `batch_size` is not halved where memory runs out.
 
     Raises SdaError without torchsde, and for settings out of range.
     """

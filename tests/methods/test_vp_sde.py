@@ -11,6 +11,8 @@ from sda_fast.errors import SdaError
 from sda_fast.methods import create
 from sda_fast.methods.vp_sde import SDEPurifier
 from sda_fast.models import load_adm
+from sda_fast.projector import Purifier
+from sda_fast.weights import weights_path
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -72,6 +74,16 @@ def test_an_image_depends_on_its_identity_alone(adm):
     assert not torch.equal(purifier(IMAGES[[2]], seeds=[8]), together[[2]])
     assert not torch.equal(SDEPurifier(adm, 5, batch_size=2, seed=1)(IMAGES, seeds=[5, 6, 7]), together)
     assert purifier(IMAGES[:0]).shape == (0, 3, 16, 16)
+
+
+def test_a_trained_model_is_led_along_the_ancestral_path():
+    """From the same noise, the SDE and ancestral sampling discretise one process: they end close to each other."""
+    adm = load_adm(weights_path("photos:adm"))
+    ramp = torch.linspace(-0.8, 0.8, 32)
+    images = torch.stack([ramp[None] + 0 * ramp[:, None], ramp[:, None] * ramp[None], 0 * ramp[:, None] + ramp])
+    images = images[None].contiguous()
+    solved, sampled, other = SDEPurifier(adm, 60)(images), Purifier(adm, 60)(images), Purifier(adm, 60, seed=1)(images)
+    assert (solved - sampled).abs().mean() < 0.2 * (other - sampled).abs().mean()
 
 
 def test_little_noise_leaves_the_image(adm):
