@@ -33,6 +33,10 @@ class Engine(Protocol):
 
     name: str
 
+    def check(self, step: Step, device: torch.device) -> None:
+        """Raises SdaError, with a way out, for a step or a device that the engine is not for; takes no time."""
+        ...
+
     def prepare(self, step: Step, example: tuple[Tensor, ...]) -> Program:
         """May take minutes (compilation). Raises SdaError, with a way out, where the engine cannot run the step."""
         ...

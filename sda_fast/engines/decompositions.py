@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 
+import sda_fast.ops  # noqa: F401  (registers them)
 from sda_fast.reference import guidance as lowpass
 
 aten = torch.ops.aten

@@ -18,6 +18,9 @@ class EagerEngine:
 
     name = "eager"
 
+    def check(self, step: Step, device: torch.device) -> None:
+        pass  # any step, any device
+
     def prepare(self, step: Step, example: tuple[Tensor, ...]) -> "EagerProgram":
         return EagerProgram(step, example)
 

@@ -26,6 +26,9 @@ class InductorEngine:
     max_autotune: bool = False
     name = "inductor"
 
+    def check(self, step: Step, device: torch.device) -> None:
+        pass  # any step, any device
+
     def prepare(self, step: Step, example: tuple[Tensor, ...]) -> "InductorProgram":
         return InductorProgram(self, step, example)
 

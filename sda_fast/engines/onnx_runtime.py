@@ -30,12 +30,15 @@ class OnnxEngine:
         except ImportError as error:
             raise SdaError(f'the onnx engine needs {error.name}: pip install "sda-fast[onnx]"') from error
 
-    def prepare(self, step: Step, example: tuple[Tensor, ...]) -> "OnnxProgram":
-        if step.precision != "fp32" or example[0].device.type != "cpu":
+    def check(self, step: Step, device: torch.device) -> None:
+        if step.precision != "fp32" or device.type != "cpu":
             raise SdaError(
-                f"the onnx engine runs fp32 on the CPU, not {step.precision} on {example[0].device}: give --engine "
-                "inductor or --precision fp32 --device cpu"
+                f"the onnx engine runs fp32 on the CPU, not {step.precision} on {device}: give --engine inductor or "
+                "--precision fp32 --device cpu"
             )
+
+    def prepare(self, step: Step, example: tuple[Tensor, ...]) -> "OnnxProgram":
+        self.check(step, example[0].device)
         return OnnxProgram(step, example)
 
 

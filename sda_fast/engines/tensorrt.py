@@ -47,6 +47,10 @@ class TensorRTEngine:
     cuda_graphs: bool = True
     name = "trt"
 
+    def check(self, step: Step, device: torch.device) -> None:
+        tensorrt_api.version()  # first, as it says what to install
+        Gpu(device)
+
     def prepare(self, step: Step, example: tuple[Tensor, ...]) -> "TensorRTProgram":
         """Raises SdaError without TensorRT or a GPU, for a batch outside of the profile, and if the build fails."""
         tensorrt_api.version()  # first, as it says what to install

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from sda_fast.data import (
     Decoder,
@@ -120,7 +121,9 @@ def align(
     # An image that is not listed would shift all groups after it: then nothing may be wrong with the folder.
     files, listed = (list_images(input), {}) if grouped else find_images(input)
     model = load_adm(adm, preset)
-    make_projection(model, settings)  # wrong settings must fail before the folder is made
+    # Wrong settings must fail before the folder is made.
+    network = make_projection(model, settings).network
+    network.engine.check(network.step, torch.device(device))
     make_reader(settings.decoder, DiffusionCrop(model.image_size))
     if Path(output).resolve().is_relative_to(Path(input).resolve()):
         raise SdaError(f"--output {output} lies in --input {input}: a second call would project projections; move it")
@@ -131,7 +134,7 @@ def align(
     batch_size = _batch_size(out, settings, model, device, workers) if is_first() else 0
     if (others := ranks()) is not None:
         batch_size = others.share(batch_size)
-    del model  # every worker loads its own
+    del model, network  # every worker loads its own
 
     size = settings.norm_group if grouped else 1
     groups = [[file.key for file in files[i : i + size]] for i in range(0, len(files), size)]

@@ -68,7 +68,8 @@ def synthesize(
             else ("pixels", "leave --vae out")
         )
         raise SdaError(f"DiT {dit} works on {latents} ({model.in_channels} channels): {way_out}")
-    make_sampler(model, settings)  # wrong settings must fail before the folder is made
+    network = make_sampler(model, settings).network  # wrong settings must fail before the folder is made
+    network.engine.check(network.step, torch.device(device))
     weights = {"dit": file_sha256(dit)}
     if vae is not None:
         vae = vae_file(vae)

@@ -257,6 +257,10 @@ def test_an_input_made_anew_with_other_settings_is_not_mixed_in(tmp_path, images
         ({"respacing": "1001"}, "'1001': 1001 is not between 1 and 1000"),
         ({"engine": "turbo"}, "engine 'turbo' is not known; choose one of eager, inductor, onnx, trt"),
         ({"precision": "fp8"}, "precision 'fp8' is not known"),
+        (
+            {"engine": "onnx", "precision": "bf16"},
+            "onnx engine runs fp32 on the CPU, not bf16 on cpu",
+        ),
         ({"decoder": "turbo"}, "decoder 'turbo' is not known; choose from pillow, dali, dali-gpu"),
         ({"projection": "sdedit"}, "projection 'sdedit' is not known"),
     ],
