@@ -139,6 +139,8 @@ class Projector(_Reverse):
     network pass takes, the last batch padded; None takes all at once. As published, images are noised at index N
     and the first reverse step is told N - 1.
 
+    The adm is put into eval mode and its weights are frozen, here and for good.
+
     An image's projection depends on its pixels, its seed, these settings and, in last bits, on batch_size and the
     number of CPU threads. With one thread (`torch.set_num_threads(1)`, as in the stages) it does not depend on the
     images beside it; with several, libraries may round differently from position to position.

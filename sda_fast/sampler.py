@@ -27,6 +27,7 @@ class Sampler:
     cfg_scale: strength of classifier-free guidance; 1.0, SDA's choice, runs the plain conditional model once per
     step, anything else a doubled batch. engine, precision, batch_size: as in `Projector`. clip: clamp x_0 to [-1, 1] at
     every step, which the original does not do on its latents and which suits models of pixels.
+    The dit is put into eval mode and its weights are frozen, here and for good.
     Raises SdaError for settings out of range.
     """
 

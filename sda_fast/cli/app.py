@@ -54,7 +54,10 @@ def say(result: Mapping[str, Any], as_json: bool, text: str) -> None:
 def end(*folders: str | Path) -> None:
     """End a command: with exit code 3 and a sentence for each folder whose stage had to leave files out."""
     from sda_fast.stages.failures import read_failures, sentence
+    from sda_fast.stages.ranks import is_first
 
+    if not is_first():  # the first process speaks for all
+        return
     failed = {folder: failures for folder in folders if (failures := read_failures(folder))}
     for folder, failures in failed.items():
         print(f"sda-fast: {sentence(folder, failures)}.", file=sys.stderr)

@@ -14,18 +14,22 @@ class CudaGraph:
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], example: tuple[Tensor, ...]):
         self._inputs = tuple(x.clone() for x in example)
-        self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(_WARM_UPS):
-                function(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph), torch.no_grad():
-            self._outputs = function(*self._inputs)
+        self._device = example[0].device
+        # Streams and captures are of the current device, which need not be the inputs'.
+        with torch.cuda.device(self._device), torch.no_grad():
+            self._graph = torch.cuda.CUDAGraph()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    function(*self._inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._outputs = function(*self._inputs)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            for own, given in zip(self._inputs, inputs, strict=True):
+                own.copy_(given)
+            self._graph.replay()
         return self._outputs

@@ -5,6 +5,7 @@ those of opset 22, the first in which convolutions may be bfloat16; 23 would bri
 take apart where it has no fused kernel.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,10 @@ def export_onnx(step: Step, path: Path, batch: int | None) -> None:
 
 
 def portable_graph(step: Step, batch: int | None) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-    """What `export_onnx` makes a file of, and the inputs it was traced with."""
+    """What `export_onnx` makes a file of, and the inputs it was traced with, all on the CPU: networks on a GPU call
+    kernels that the portable dialect does not know."""
+    if any(tensor.is_cuda for tensor in step.parameters()):
+        step = copy.deepcopy(step).cpu()
     example = step.example(DYNAMIC_EXAMPLE if batch is None else batch)
     return trace(step, example, "portable", dynamic_batch=batch is None), example
 

@@ -10,15 +10,20 @@ from sda_fast.engines.steps import Step
 
 
 class Runner:
-    """Call it like the step; the first call with another number of images or on another device may take minutes."""
+    """Call it like the step; the first call with another number of images may take minutes. The step goes where its
+    inputs are."""
 
     def __init__(self, step: Step, engine: Engine):
         self.step, self.engine = step, engine
         self._programs: dict[tuple[Any, ...], Program] = {}
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        key = (inputs[0].device, *(x.shape for x in inputs))
+        device = inputs[0].device
+        key = (device, *(x.shape for x in inputs))
         if key not in self._programs:
+            if any(tensor.device != device for tensor in (*self.step.parameters(), *self.step.buffers())):
+                self.forget()
+                self.step.to(device)
             self._programs[key] = self.engine.prepare(self.step, inputs)
         return self._programs[key].run(*inputs)
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from sda_fast import __version__
 from sda_fast.engines import onnx_export, tensorrt_api
-from sda_fast.engines.base import versions
+from sda_fast.engines.base import preparing, versions
 from sda_fast.engines.cache import EngineCache, default_folder
 from sda_fast.engines.onnx_export import export_onnx
 from sda_fast.engines.steps import Step
@@ -57,7 +57,7 @@ class TensorRTEngine:
         gpu = Gpu(example[0].device)
         profiles = self._profiles(step, len(example[0]))
         cache = EngineCache(self.cache_dir or default_folder())
-        with gpu.current():
+        with preparing(self.name), gpu.current():
             batch = None if profiles else len(example[0])
             settings = self._settings(step, batch, profiles, gpu)
             execution, size = self._load_or_build(cache, settings, step, batch, profiles)

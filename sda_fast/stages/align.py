@@ -35,7 +35,7 @@ from sda_fast.projector import Projector, Purifier
 from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.failures import Failures, report_listing, write_failures
 from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
-from sda_fast.stages.ranks import is_first, ranks
+from sda_fast.stages.ranks import is_first, processes_here, ranks, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,18 @@ def align(
     failures = report_listing(listed) | run_batches(
         todo,
         _make_work,
-        (adm, preset, settings, batch_size, device, out, by_key, group_of, foreseen, reading_threads(max(1, workers))),
+        (
+            adm,
+            preset,
+            settings,
+            batch_size,
+            device,
+            out,
+            by_key,
+            group_of,
+            foreseen,
+            reading_threads(max(1, workers) * processes_here()),
+        ),
         label=f"{settings.projection} projection",
         total=len(files),
         workers=workers,
@@ -155,6 +166,7 @@ def align(
     if is_first():
         write_failures(out.folder, failures)
         out.finish({"images": len(files), "failed": len(failures)})
+    wait_for_all()
     done = sum(file.name not in failures for batch in todo for file in map(by_key.__getitem__, batch))
     return {"images": len(files), "projected": done, "failed": len(failures), "output": str(output)}
 
@@ -189,8 +201,9 @@ def _make_work(
             for key, array in zip(arrays, projected, strict=True):
                 if not out.done(key):
                     write(array, out.path(key))
-            if project.batch_size != out.recorded().get("batch_size", batch_size):
-                out.record(batch_size=project.batch_size)  # memory ran out: a resumed run need not find out again
+            used = project.batch_size or batch_size
+            if used < out.recorded().get("batch_size", batch_size):
+                out.record(batch_size=used)  # memory ran out: a resumed run need not find out again
         if not foreseen or keys == foreseen[-1]:
             write.flush()
         return {files[key].name: reason for key, reason in reasons.items() if not out.done(key)}
@@ -206,7 +219,7 @@ def _batch_size(out: Output, settings: AlignSettings, adm: ADM, device: str, wor
     if settings.batch_size != "auto":
         return settings.batch_size
     project = make_projection(adm.to(device), settings)
-    most = affordable_batch(project.network.step, workers)
+    most = affordable_batch(project.network.step, max(1, workers) * processes_here())
     batch_size = max(1, most // project.batch_unit) * project.batch_unit
     out.record(batch_size=batch_size)
     return batch_size

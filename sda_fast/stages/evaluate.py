@@ -124,7 +124,6 @@ def evaluate(
         "batch_size": batch_size,
         "decoder": decoder,
         "resize": resize,
-        "images": found,
         "weights": weights,
     }
     out = open_output(output, "evaluate", settings)
@@ -133,8 +132,9 @@ def evaluate(
     with progress(len(files), f"evaluating {name}", quiet) as reporter:
         for group, members in _groups(files).items():
             kept = out.folder / "rows" / f"{group or 'all'}.json"
-            if kept.exists():
-                rows += json.loads(kept.read_text())
+            names = [member.name for member in members]
+            if (earlier := _kept(kept, names)) is not None:
+                rows += earlier
                 reporter.skip(len(members))
                 continue
             usable = [file for file in members if file.name not in failures]
@@ -151,12 +151,21 @@ def evaluate(
                 if len(correct)
             ]
             if not any(_group(failed) == group for failed in failures):
-                write_json(group_rows, kept)
+                write_json({"images": names, "rows": group_rows}, kept)
             rows += group_rows
     write_json({"settings": settings, "rows": rows}, out.folder / RESULTS)
     write_failures(out.folder, failures)
     out.finish({"images": found, "rows": len(rows), "failed": len(failures)})
     return rows
+
+
+def _kept(path: Path, names: list[str]) -> list[dict[str, Any]] | None:
+    """The rows an earlier run kept of these very images."""
+    try:
+        kept = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return kept["rows"] if isinstance(kept, dict) and kept["images"] == names else None
 
 
 def _choose(

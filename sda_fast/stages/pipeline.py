@@ -91,7 +91,11 @@ def run(
                 folder = root / "evaluation" / f"{name}-unaligned"
                 extra = evaluate(config.target, folder, path, model, projected, ["sda"], name=name, **scoring)
             rows += [{**row, "method": UNALIGNED} for row in extra]
-    stages = [*projected.values(), *(root / "evaluation" / name for name in classifiers)]
+    stages = [
+        *([aligned] if adapts else []),
+        *projected.values(),
+        *(root / "evaluation" / name for name in classifiers),
+    ]
     failures = {str(folder): failed for folder in stages if (failed := read_failures(folder))}
     folders = {"target": config.target, **{kind: str(folder) for kind, folder in projected.items()}}
     return {"rows": rows, "seconds": seconds, "folders": folders, "failures": failures, "settings": asdict(config)}

@@ -14,6 +14,7 @@ from typing import Any
 
 from sda_fast.errors import SdaError
 
+_PIECE = 4 * 2**20  # bytes; the store refuses values of more than 8 MiB
 _PATIENCE = timedelta(days=30)  # torchrun ends all processes when one dies; until then a slow one is waited for
 
 
@@ -34,14 +35,25 @@ class Ranks:
         """The first process's value, which must be JSON-able."""
         key = f"share-{next(self._calls)}"
         if self.first:
-            self._store.set(key, json.dumps(value))
-        return json.loads(self._store.get(key))
+            self._set(key, value)
+        return self._get(key)
 
     def gather(self, value: Any) -> list[Any]:
         """All values by rank, when all processes have come here."""
         key = f"gather-{next(self._calls)}"
-        self._store.set(f"{key}-{self._rank}", json.dumps(value))
-        return [json.loads(self._store.get(f"{key}-{rank}")) for rank in range(self.size)]
+        self._set(f"{key}-{self._rank}", value)
+        return [self._get(f"{key}-{rank}") for rank in range(self.size)]
+
+    def _set(self, key: str, value: Any) -> None:
+        text = json.dumps(value).encode()
+        pieces = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
+        for i, piece in enumerate(pieces):
+            self._store.set(f"{key}/{i}", piece)
+        self._store.set(key, str(len(pieces)))
+
+    def _get(self, key: str) -> Any:
+        pieces = int(self._store.get(key))
+        return json.loads(b"".join(self._store.get(f"{key}/{i}") for i in range(pieces)))
 
     def take(self, count: int) -> Iterator[int]:
         """Those of 0 ... count - 1 that fall to this process: the next one whenever it is ready for it."""
@@ -84,6 +96,17 @@ def is_first() -> bool:
     """Whether this process reports and writes what stands once: the only one, or the first of all."""
     all_of_them = ranks()
     return all_of_them is None or all_of_them.first
+
+
+def wait_for_all() -> None:
+    """Until every process has come here: torchrun may end the others once one has left."""
+    if (others := ranks()) is not None:
+        others.gather(None)
+
+
+def processes_here() -> int:
+    """How many processes of this run share this machine's memory and processors."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks() is not None else 1
 
 
 def alone(command: str) -> None:

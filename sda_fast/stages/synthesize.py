@@ -15,7 +15,7 @@ from sda_fast.models.vae import load_vae, vae_file
 from sda_fast.sampler import Sampler
 from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.manifest import Output, file_sha256, open_output
-from sda_fast.stages.ranks import is_first, ranks
+from sda_fast.stages.ranks import is_first, ranks, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def synthesize(
     )
     if is_first():
         out.finish({"per_class": per_class, "images": len(keys)})
+    wait_for_all()
     return {"images": len(keys), "synthesized": sum(len(b) for b in todo), "output": str(output)}
 
 
