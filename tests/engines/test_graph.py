@@ -136,7 +136,9 @@ def test_next_to_no_residual_gives_next_to_nothing(adm, bits):
     """Down to float32's own smallest numbers, where powers of two end."""
     terms, expected = guided(adm, bits), guided(adm, 0)
     assert terms.through_network.isfinite().all()
-    assert terms.through_network.abs().max() <= 2.0 ** (1 - bits) * expected.through_network.abs().max()
+    # The cotangents there are whole multiples of 2^-149, of which an element of the product gathers a few.
+    bound = 2.0 ** (1 - bits) * expected.through_network.abs().max() + 2.0**-145
+    assert terms.through_network.abs().max() <= bound
 
 
 @pytest.mark.parametrize(("precision", "run"), [("fp32", None), ("fp16", None), ("fp16", "portable")])

@@ -238,11 +238,11 @@ def test_as_the_model_writes_it():
     torch.manual_seed(0)
     block = DiTBlock(24, 2, 4.0).eval().requires_grad_(False)
     torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.2)
-    x, c = torch.randn(2, 5, 24), torch.randn(2, 24)
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(c).chunk(6, dim=1)
+    x, conditioning = torch.randn(2, 5, 24), block.adaLN_modulation(torch.randn(2, 24))
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = conditioning.chunk(6, dim=1)
     ours = gate_residual(x, gate_a, block.attn(modulate(x, shift_a, scale_a)))
     ours = gate_residual(ours, gate_m, block.mlp(modulate(ours, shift_m, scale_m)))
-    assert torch.allclose(ours, block(x, c), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(ours, block(x, conditioning), rtol=1e-5, atol=1e-6)
 
 
 X, ROWS = torch.zeros(2, 3, 8), torch.zeros(2, 8)
