@@ -11,7 +11,7 @@ from torch import Tensor
 from sda_fast.diffusion import LowPass, Schedule
 from sda_fast.diffusion.guidance import Guided, Norm, finish
 from sda_fast.diffusion.samplers import Draw, ReverseSteps, q_sample
-from sda_fast.engines import Engine, GuidedStep, Precision, Step, UnguidedStep, create_engine
+from sda_fast.engines import Engine, GuidedStep, Precision, Step, UnguidedStep
 from sda_fast.engines.batch_size import is_out_of_memory, smaller_batch
 from sda_fast.engines.runner import Runner
 from sda_fast.errors import SdaError
@@ -70,7 +70,7 @@ class _Reverse:
         if adm.num_classes is not None:
             raise SdaError("this ADM is class-conditional; projections need an unconditional one")
         self.adm = adm
-        self.network = Runner(step, create_engine(engine) if isinstance(engine, str) else engine)
+        self.network = Runner(step, engine)
         self.schedule, self.start, self.noise_index = schedule, start, noise_index
         self.batch_size, self.seed = batch_size, seed
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sda_fast.diffusion import Schedule
 from sda_fast.diffusion.samplers import ReverseSteps
-from sda_fast.engines import DiTStep, Engine, Precision, create_engine
+from sda_fast.engines import DiTStep, Engine, Precision
 from sda_fast.engines.batch_size import is_out_of_memory, smaller_batch
 from sda_fast.engines.runner import Runner
 from sda_fast.errors import SdaError
@@ -49,7 +49,7 @@ class Sampler:
         if batch_size is not None and batch_size < 1:
             raise SdaError(f"batch_size={batch_size} is out of range: give at least 1")
         step = DiTStep(dit, cfg_scale, precision)
-        self.network = Runner(step, create_engine(engine) if isinstance(engine, str) else engine)
+        self.network = Runner(step, engine)
         self.dit, self.schedule, self.cfg_scale = dit, Schedule.linear(respacing), cfg_scale
         self.clip, self.batch_size, self.seed = clip, batch_size, seed
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sda_fast.engines.base import Engine, Program
+from sda_fast.engines.create import create_engine
 from sda_fast.engines.steps import Step
 
 
@@ -13,8 +14,10 @@ class Runner:
     """Call it like the step; the first call with another number of images may take minutes. The step goes where its
     inputs are."""
 
-    def __init__(self, step: Step, engine: Engine):
-        self.step, self.engine = step, engine
+    def __init__(self, step: Step, engine: str | Engine):
+        """engine: itself, or its name. Raises SdaError for a name that is not known and an engine not installed."""
+        self.step = step
+        self.engine = create_engine(engine) if isinstance(engine, str) else engine
         self._programs: dict[tuple[Any, ...], Program] = {}
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:

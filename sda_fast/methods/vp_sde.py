@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sda_fast.diffusion import Schedule
 from sda_fast.diffusion.samplers import q_sample
-from sda_fast.engines import Engine, Precision, UnguidedStep, create_engine
+from sda_fast.engines import Engine, Precision, UnguidedStep
 from sda_fast.engines.runner import Runner
 from sda_fast.errors import SdaError
 from sda_fast.execution import Batch, Noise, batches, check_images
@@ -52,7 +52,7 @@ class SDEPurifier:
             raise SdaError("this ADM is class-conditional; projections need an unconditional one")
         self.adm = adm
         step = UnguidedStep(adm, precision)
-        self.network = Runner(step, create_engine(engine) if isinstance(engine, str) else engine)
+        self.network = Runner(step, engine)
         self.schedule, self.start, self.batch_size, self.seed = Schedule.linear(), start, batch_size, seed
 
     @torch.no_grad()

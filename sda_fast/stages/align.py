@@ -202,7 +202,7 @@ def _make_work(
                 if not out.done(key):
                     write(array, out.path(key))
             used = project.batch_size or batch_size
-            if used < out.recorded().get("batch_size", batch_size):
+            if used < batch_size and used < out.recorded().get("batch_size", batch_size):
                 out.record(batch_size=used)  # memory ran out: a resumed run need not find out again
         if not foreseen or keys == foreseen[-1]:
             write.flush()
