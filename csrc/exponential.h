@@ -12,7 +12,8 @@ namespace sda {
 SDA_FN float exponential(float x) {
     x = x < -104.0f ? -104.0f : x;
     x = x > 89.0f ? 89.0f : x;
-    constexpr float kMagic = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
+    // Adding 1.5 2^23 rounds to an integer, and 254 is twice the bias of a float's exponent.
+    constexpr float kMagic = 12582912.0f + 254.0f;
     const float shifted = add(mul(x, 1.44269504f), kMagic);
     const float n = add(shifted, -kMagic);
     float r = add(x, mul(n, -0.693359375f));  // ln 2 = 0.693359375 - 2.1219444e-4; n times the first is exact
@@ -24,11 +25,9 @@ SDA_FN float exponential(float x) {
     p = add(mul(p, r), 0.4999999305f);
     const float y = add(add(r, mul(mul(r, r), p)), 1.0f);
     // Times 2^n in two halves, each of which is a normal number.
-    const int32_t exponent = static_cast<int32_t>(bit_cast<uint32_t>(shifted) - 0x4B400000u);
-    const int32_t half = exponent >> 1;
-    const uint32_t low = static_cast<uint32_t>(half + 127) << 23;
-    const uint32_t high = static_cast<uint32_t>(exponent - half + 127) << 23;
-    return mul(mul(y, bit_cast<float>(low)), bit_cast<float>(high));
+    // The lowest bits of `shifted` are n + 254; what stands above them, halved, leaves at the top.
+    const uint32_t bits = bit_cast<uint32_t>(shifted), half = bits >> 1;
+    return mul(mul(y, bit_cast<float>(half << 23)), bit_cast<float>((bits - half) << 23));
 }
 
 }  // namespace sda

@@ -2,8 +2,8 @@
 //
 //   raw     = a x - b eps,  x0 = clamp(raw, -1, 1) where clip
 //   mean    = c1 x0 + c2 x
-//   sigma   = noise_scale exp((f high + (1 - f) low) / 2), f = (v + 1) / 2; without v: noise_scale exp(high /
-//   2) x_{t-1} = mean + sigma z + scale w (a cotangent - b through_network)
+//   sigma   = noise_scale exp((high + low) / 4 + (high - low) / 4 v); without v: noise_scale exp(high / 2)
+//   x_{t-1} = mean + sigma z + scale w (a cotangent - b through_network)
 //
 // Source: Ho et al. 2020, algorithm 2; Nichol and Dhariwal 2021, equation 15; Gao et al. 2023, algorithm 1.
 // Where noise_scale is zero, neither z nor v matters. Products and sums are never fused: all backends give
@@ -100,9 +100,8 @@ SDA_FN float posterior_mean(const Coefficients& c, bool clip, float x, float eps
 }
 
 SDA_FN float learned_sigma(const Coefficients& c, float v) {
-    const float f = mul(add(v, 1.0f), 0.5f);
-    const float log_variance = add(mul(f, c.high), mul(add(1.0f, -f), c.low));
-    return mul(c.noise_scale, exponential(mul(0.5f, log_variance)));
+    const float middle = mul(add(c.high, c.low), 0.25f), reach = mul(add(c.high, -c.low), 0.25f);
+    return mul(c.noise_scale, exponential(add(middle, mul(reach, v))));
 }
 
 SDA_FN float fixed_sigma(const Coefficients& c) { return mul(c.noise_scale, exponential(mul(0.5f, c.high))); }

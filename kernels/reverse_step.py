@@ -2,7 +2,7 @@
 
     raw     = a x - b eps,  x0 = clamp(raw, -1, 1) where clip
     mean    = c1 x0 + c2 x
-    sigma   = noise_scale exp((f high + (1 - f) low) / 2), f = (v + 1) / 2; without v: noise_scale exp(high / 2)
+    sigma   = noise_scale exp((high + low) / 4 + (high - low) / 4 v); without v: noise_scale exp(high / 2)
     x_{t-1} = mean + sigma z + scale w (a cotangent - b through_network)
 
 Shapes: x, z (given, or drawn here) and x_{t-1} float32 [N, C, pixels], cotangent and through_network the same in the
@@ -35,8 +35,8 @@ def exponential(x):
     """e^x within 1 ulp (csrc/exponential.h)."""
     x = tl.where(x < -104.0, -104.0, x)
     x = tl.where(x > 89.0, 89.0, x)
-    shifted = x * 1.44269504 + 12582912.0
-    n = shifted - 12582912.0
+    shifted = x * 1.44269504 + 12583166.0
+    n = shifted - 12583166.0
     r = x + n * -0.693359375
     r = r + n * 2.12194440e-4
     p = r * 0.001381314463 + 0.008369418856
@@ -45,11 +45,9 @@ def exponential(x):
     p = p * r + 0.4999999305
     y = (r + r * r * p) + 1.0
     # NaN has odd bits here; they stay in range, and y is NaN anyway.
-    exponent = shifted.to(tl.int32, bitcast=True) - 0x4B400000
-    half = exponent >> 1
-    low = ((half + 127) << 23).to(tl.float32, bitcast=True)
-    high = ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
-    return y * low * high
+    bits = shifted.to(tl.uint32, bitcast=True)
+    half = bits >> 1
+    return y * (half << 23).to(tl.float32, bitcast=True) * ((bits - half) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -162,8 +160,8 @@ def reverse_step_kernel(
     mean = c1 * raw + c2 * b_x
 
     if LEARNED:
-        fraction = (tl.load(p_eps + v_offset, mask=m_element).to(tl.float32) + 1.0) * 0.5
-        sigma = noise_scale * exponential((fraction * high + (1.0 - fraction) * low) * 0.5)
+        b_v = tl.load(p_eps + v_offset, mask=m_element).to(tl.float32)
+        sigma = noise_scale * exponential((high + low) * 0.25 + (high - low) * 0.25 * b_v)
     else:
         sigma = noise_scale * exponential(high * 0.5)
     if DRAWN:

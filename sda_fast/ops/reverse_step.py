@@ -41,7 +41,7 @@ def reverse_step(
 
         x0      = a x - b eps, clamped to [-1, 1] where `clip`
         x_{t-1} = c1 x0 + c2 x + sigma z + scale w (a cotangent - b through_network)
-        sigma   = noise_scale exp((f high + (1 - f) low) / 2) with f = (v + 1) / 2; without v noise_scale exp(high / 2)
+        sigma   = noise_scale exp((high + low) / 4 + (high - low) / 4 v); without v noise_scale exp(high / 2)
 
     Sources: Ho et al. 2020, algorithm 2; Nichol and Dhariwal 2021, equation 15 (sigma); Gao et al. 2023, algorithm 1
     (the last term, the guidance, with S = phi^T phi d as cotangent; see docs/architecture.md). At index 0 of a
