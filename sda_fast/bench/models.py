@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sda_fast.diffusion import LowPass
 from sda_fast.engines import DiTStep, GuidedStep, Precision, Step, UnguidedStep
 from sda_fast.errors import SdaError
-from sda_fast.models import ADM, DiT, load_adm, load_dit
+from sda_fast.models import ADM, DiT, load_adm, load_dit, with_phase_convolutions
 from sda_fast.models.presets import ADM_PRESETS, DIT_PRESETS
 from sda_fast.weights import weights_path
 
@@ -69,10 +69,12 @@ def random_model(kind: type[ADM] | type[DiT], config: dict[str, Any], seed: int 
     return model
 
 
-def make_step(model: ADM | DiT, precision: Precision, guided: bool = True) -> Step:
-    """The step of a model; guided: with the low-pass gradient, which a DiT does not have."""
+def make_step(model: ADM | DiT, precision: Precision, guided: bool = True, phase_convolutions: bool = False) -> Step:
+    """The step of a model; a DiT has neither the low-pass gradient (`guided`) nor `models.with_phase_convolutions`."""
     if isinstance(model, DiT):
         return DiTStep(model, 1.0, precision)
+    if phase_convolutions:
+        model = with_phase_convolutions(model)
     return GuidedStep(model, LowPass(model.image_size, FACTOR), precision) if guided else UnguidedStep(model, precision)
 
 
@@ -84,6 +86,7 @@ def fake_step(
     batch: int,
     *,
     guided: bool = True,
+    phase_convolutions: bool = False,
     device: str = "cpu",
 ) -> Iterator[tuple[Step, tuple[Tensor, ...]]]:
     """A step and its example without memory behind them, to be counted inside the `with`."""
@@ -92,5 +95,5 @@ def fake_step(
             model = kind(**config)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copying a model does
-            step = make_step(model, precision, guided)
+            step = make_step(model, precision, guided, phase_convolutions)
         yield step, step.example(batch)

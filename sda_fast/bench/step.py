@@ -29,6 +29,7 @@ def bench_step(
     precision: Precision = "fp32",
     batch: int = 1,
     guided: bool = True,
+    phase_convolutions: bool = False,
     device: str = "cpu",
     repeats: int = 3,
     options: dict[str, Any] | None = None,
@@ -44,7 +45,7 @@ def bench_step(
     model = model.to(device).eval()
     guided = guided and isinstance(model, ADM)
     gpu = device != "cpu"
-    step = make_step(model, precision, guided)
+    step = make_step(model, precision, guided, phase_convolutions)
     example = step.example(batch)
     with tf32(False):
         bounds, exact = _bounds(model, step.outputs, example, precision, guided)
@@ -66,6 +67,7 @@ def bench_step(
             "batch": batch,
             **program.describe(),
             "options": options or {},
+            "phase_convolutions": phase_convolutions,
             "parity": {name: {"error": errors[name], "bound": bounds[name]} for name in exact},
             "prepare_seconds": prepare_seconds,
             **environment(device),
@@ -81,7 +83,8 @@ def bench_step(
         reference, reference_batch, text = published_step(model, guided, batch, device)
         reference()
         ours, theirs = interleaved([lambda: program.run(*example), reference], repeats, device)
-    ledger = _ledger(type(model), model.config, engine, precision, batch, guided, device)
+    settings: Any = dict(guided=guided, phase_convolutions=phase_convolutions, device=device)
+    ledger = _ledger(type(model), model.config, engine, precision, batch, **settings)
     return row | {
         "unit": "s",
         "repeats": repeats,
@@ -94,14 +97,24 @@ def bench_step(
     }
 
 
-def step_ledger(preset: str, *, engine: str, precision: Precision, batch: int, guided: bool, device: str) -> Row:
+def step_ledger(
+    preset: str,
+    *,
+    engine: str,
+    precision: Precision,
+    batch: int,
+    guided: bool,
+    phase_convolutions: bool = False,
+    device: str,
+) -> Row:
     """One JSON-able row: the counts of `engines.ledger` and the seconds this machine needs for them at its measured
     rates of matrix products (in the precision) and of copying. No weights are made."""
     if batch < 1:
         raise SdaError("--batch must be at least 1")
     kind, config = architecture(preset)
     guided = guided and kind is ADM
-    ledger = _ledger(kind, config, engine, precision, batch, guided, device)
+    settings: Any = dict(guided=guided, phase_convolutions=phase_convolutions, device=device)
+    ledger = _ledger(kind, config, engine, precision, batch, **settings)
     matmul = matmul_rate(device, dtype_of(precision), torch.get_num_threads())
     copy = copy_rate(device, torch.get_num_threads())
     total = ledger.total
@@ -111,6 +124,7 @@ def step_ledger(preset: str, *, engine: str, precision: Precision, batch: int, g
         "step": "DiTStep" if kind is DiT else "GuidedStep" if guided else "UnguidedStep",
         "batch": batch,
         "precision": precision,
+        "phase_convolutions": phase_convolutions,
         "layout": "channels_last" if _channels_last(engine, precision) else "contiguous",
         **asdict(ledger),
         "kernels": total.kernels,
@@ -156,11 +170,10 @@ def _ledger(
     engine: str,
     precision: Precision,
     batch: int,
-    guided: bool,
-    device: str,
+    **settings: Any,
 ) -> Ledger:
     layout = _channels_last(engine, precision)
-    with fake_step(kind, config, precision, batch, guided=guided, device=device) as (step, example):
+    with fake_step(kind, config, precision, batch, **settings) as (step, example):
         return count(step, example, channels_last=layout)
 
 

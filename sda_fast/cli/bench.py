@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from sda_fast.cli.app import Json, app, say
-from sda_fast.cli.commands import Device, _check_device
+from sda_fast.cli.commands import Device, PhaseConvolutions, _check_device
 from sda_fast.errors import SdaError
 
 
@@ -20,6 +20,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Measurements of each side, in turn.")] = 3,
     weights: Annotated[Path | None, typer.Option(help="Checkpoint [photos: the shipped one; others: random].")] = None,
     unguided: Annotated[bool, typer.Option("--unguided", help="The ADM's forward pass alone.")] = False,
+    phase_convolutions: PhaseConvolutions = False,
     ledger: Annotated[
         bool, typer.Option("--ledger", help="Count FLOPs, bytes, kernels and memory; time none.")
     ] = False,
@@ -39,7 +40,7 @@ def bench(
         raise SdaError(f"engine {engine!r} is not known; choose one of {', '.join(ENGINES)}")
     if batch < 1 or repeats < 1:
         raise SdaError("--batch and --repeats must be at least 1")
-    if whole and (ledger or unguided or weights or (engine, precision) != ("eager", "fp32")):
+    if whole and (ledger or unguided or phase_convolutions or weights or (engine, precision) != ("eager", "fp32")):
         raise SdaError("--whole measures the eager projection of the shipped model in fp32: give only --batch with it")
     if ledger and weights:
         raise SdaError("--ledger counts, which does not depend on weights: leave out --weights")
@@ -47,6 +48,7 @@ def bench(
         row, text = bench_projection(preset, batch, repeats, device), _projection_text
     else:
         settings: Any = {"engine": engine, "precision": precision, "batch": batch, "guided": not unguided}
+        settings["phase_convolutions"] = phase_convolutions
         if ledger:
             row, text = step_ledger(preset, **settings, device=device), _ledger_text
         else:

@@ -19,6 +19,9 @@ BatchSize = Annotated[int, typer.Option(help="Images per network pass; changes l
 Decoder = Annotated[str, typer.Option(help="pillow (published pixels), dali or dali-gpu (JPEGs by NVIDIA DALI).")]
 Engine = Annotated[str, typer.Option(help="How the network runs: eager, inductor, onnx or trt.")]
 Precision = Annotated[str, typer.Option(help="Of the network: fp32, bf16 or fp16; its ends stay fp32.")]
+PhaseConvolutions = Annotated[
+    bool, typer.Option("--phase-convolutions", help="Upsampling and 3x3 as four 2x2: fewer FLOPs, other last bits.")
+]
 Preset = Annotated[str | None, typer.Option(help="How published weights are built, such as imagenet256.")]
 _CORES = os.cpu_count() or 1
 
@@ -103,6 +106,7 @@ def align(
     norm_group: Annotated[int, typer.Option(help="Images of a published batch: 10 in SDA, 4 in DDA.")] = 10,
     engine: Engine = "eager",
     precision: Precision = "fp32",
+    phase_convolutions: PhaseConvolutions = False,
     batch_size: Annotated[str, typer.Option(help="Images per network pass, or auto: what memory allows.")] = "10",
     decoder: Decoder = "pillow",
     seed: Seed = 0,
@@ -127,6 +131,7 @@ def align(
         "norm_group": norm_group,
         "engine": engine,
         "precision": precision,
+        "phase_convolutions": phase_convolutions,
         "batch_size": int(batch_size) if batch_size.isdecimal() else batch_size,
         "decoder": decoder,
         "seed": seed,

@@ -1,5 +1,6 @@
 """ADM, the ablated diffusion UNet (Dhariwal & Nichol 2021), with the state_dict keys of the published checkpoints."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sda_fast.models.embedding import timestep_embedding
+from sda_fast.models.phases import PhaseConvolution
 from sda_fast.ops import group_norm_silu
 
 
@@ -41,13 +43,15 @@ def _zero(module: nn.Module) -> nn.Module:
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour by two, then a 3x3 convolution if `use_conv`."""
+    """Nearest neighbour by two, then a 3x3 convolution if `use_conv`, which may be a `phases.PhaseConvolution`."""
 
     def __init__(self, channels: int, use_conv: bool):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.conv, PhaseConvolution):
+            return self.conv(x)
         if x.is_contiguous():
             # In these operators a graph traced with an open batch stays one that ONNX can express.
             n, c, height, width = x.shape
@@ -99,7 +103,7 @@ class ResBlock(nn.Module):
         norm, _, conv = self.in_layers
         h = _normalise(norm, x)
         if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
+            h, x = h if isinstance(conv, PhaseConvolution) else self.resample(h), self.resample(x)
         h = conv(h)
         conditioning = conditioning.expand(h.shape[0], -1)  # len() would fix the batch in a traced graph
         norm, _, dropout, conv = self.out_layers
@@ -280,3 +284,16 @@ class ADM(nn.Module):
     def _residual_blocks(self) -> list[ResBlock]:
         # In the order in which `denoise` runs them.
         return [m for m in self.modules() if isinstance(m, ResBlock)]
+
+
+def with_phase_convolutions(adm: ADM) -> ADM:
+    """A copy of the ADM that shares its weights, but for the convolutions right after an upsampling. For inference."""
+    adm = copy.deepcopy(adm, {id(p): p for p in adm.parameters()})
+    for module in adm.modules():
+        if isinstance(module, ResBlock) and isinstance(module.resample, Upsample):
+            norm, silu, conv = module.in_layers
+            assert isinstance(conv, nn.Conv2d)
+            module.in_layers = nn.Sequential(norm, silu, PhaseConvolution(conv))
+        elif isinstance(module, Upsample) and module.conv is not None:
+            module.conv = PhaseConvolution(module.conv)
+    return adm

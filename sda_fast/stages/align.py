@@ -29,8 +29,7 @@ from sda_fast.diffusion.guidance import Norm
 from sda_fast.engines import Precision
 from sda_fast.engines.batch_size import affordable_batch
 from sda_fast.errors import SdaError
-from sda_fast.models import load_adm
-from sda_fast.models.adm import ADM
+from sda_fast.models import ADM, load_adm, with_phase_convolutions
 from sda_fast.projector import Projector, Purifier
 from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.failures import Failures, report_listing, write_failures
@@ -43,9 +42,9 @@ class AlignSettings:
     """Everything that changes a projection; all of it stands in the manifest.
 
     projection: "dda" (low-pass guidance) or "diffpure" (none, ancestral). respacing and start default to the
-    published "100" and 50 for dda, "1000" and 150 for diffpure. batch_size is the execution batch: it changes last
-    bits only; "auto" takes what fits into memory. decoder: how images are read, see `sda_fast.data.readers`. The other
-    names are those of `Projector`.
+    published "100" and 50 for dda, "1000" and 150 for diffpure. phase_convolutions: see `sda_fast.models.phases`.
+    batch_size is the execution batch: it changes last bits only; "auto" takes what fits into memory. decoder: how
+    images are read, see `sda_fast.data.readers`. The other names are those of `Projector`.
     """
 
     projection: Literal["dda", "diffpure"] = "dda"
@@ -57,6 +56,7 @@ class AlignSettings:
     norm_group: int = 10
     engine: str = "eager"
     precision: Precision = "fp32"
+    phase_convolutions: bool = False
     batch_size: int | Literal["auto"] = 10
     seed: int = 0
     decoder: Decoder = "pillow"
@@ -78,6 +78,8 @@ def make_projection(adm: Any, settings: AlignSettings, batch_size: int | None = 
     Raises SdaError for settings out of range.
     """
     settings = settings.resolved()
+    if settings.phase_convolutions:
+        adm = with_phase_convolutions(adm)
     common: dict[str, Any] = {
         name: getattr(settings, name) for name in ("respacing", "start", "engine", "precision", "seed")
     }

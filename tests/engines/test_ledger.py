@@ -45,6 +45,17 @@ def test_flops_of_adm_256(adm_256):
     assert (adm_256.executed_flops - adm_256.flops) / GIGA == pytest.approx(6.09, abs=0.005)
 
 
+def test_products_that_phase_convolutions_save(adm_256):
+    """Of five convolutions after an upsampling, four ninths remain, and one more row and column."""
+    with fake_step(ADM, ADM_256, "bf16", 1, phase_convolutions=True) as (step, example):
+        phases = count(step, example)
+    sizes = {8: 1024, 16: 1024, 32: 512, 64: 512, 128: 256}  # size of the small image: channels
+    saved = sum(2 * c * c * (9 * (2 * n) ** 2 - 16 * (n + 1) ** 2) for n, c in sizes.items())
+    assert saved / GIGA == pytest.approx(110, rel=0.05)
+    assert adm_256.forward_flops - phases.forward_flops == saved
+    assert adm_256.backward_flops - phases.backward_flops == saved
+
+
 def test_saved_activations_of_adm_256(adm_256):
     """At most 1.0 GB for an image, and no less than the inputs of its 101 normalisations."""
     assert 0.5 * GIGA < adm_256.saved_bytes <= 1.0 * GIGA
