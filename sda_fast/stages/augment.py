@@ -23,9 +23,7 @@ class Augmentation(Protocol):
         """uint8 [H, W, 3] -> uint8 [S, S, 3]."""
 
 
-def make_augmentation(
-    recipe: Recipe, size: int, names: Sequence[str], shapes: Sequence[Sequence[int]]
-) -> Augmentation:
+def make_augmentation(recipe: Recipe, size: int, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> Augmentation:
     """The recipe's augmentation to `size` x `size` for files of these names and shapes (height, width).
 
     Raises SdaError for images that are too small for it.

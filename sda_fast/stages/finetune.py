@@ -56,9 +56,7 @@ def finetune(
     labels = label_indices(files, classifier.classes)
     if not isinstance(recipe, Recipe):
         architecture = classifier.config["architecture"]
-        recipe = recipe_for(
-            recipe, architecture, drop_path=drop_path, micro_batch=micro_batch, stop_after=stop_after
-        )
+        recipe = recipe_for(recipe, architecture, drop_path=drop_path, micro_batch=micro_batch, stop_after=stop_after)
     _require_parts(recipe, others)
     trained = classifier if recipe.drop_path is None else with_drop_path(classifier, recipe.drop_path)
     settings = {

@@ -31,7 +31,7 @@ def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer; AdamW does not decay biases, norms, other one-dimensional parameters, position tables."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(module.parameters(), recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
-    from timm.optim import param_groups_weight_decay
+    from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
     tables = [name for name, _ in module.named_parameters() if name.endswith(_NEVER_DECAYED)]
     groups = param_groups_weight_decay(module, recipe.weight_decay, no_weight_decay_list=tables)

@@ -209,5 +209,5 @@ def test_rates_of_the_blocks_rise_to_the_one_given():
 
 
 def test_a_model_that_knows_no_stochastic_depth():
-    with pytest.raises(SdaError, match="timm's dla46_c does not take these options: .*drop_path_rate"):
+    with pytest.raises(SdaError, match=r"timm's dla46_c does not take these options: .*drop_path_rate"):
         with_drop_path(create_classifier("dla46_c", ["ant", "bee"]), 0.1)
