@@ -1,7 +1,7 @@
 """Random pictures of a training image. What is drawn depends on seed, epoch and image, not on who computes it."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,8 +16,8 @@ from sda_fast.stages.recipes import Recipe
 
 
 class Augmentation(Protocol):
-    def draws(self, seed: int, epoch: int) -> Sequence[Any]:
-        """For every image, in the order of the files, what says how that epoch shows it."""
+    def draws(self, seed: int, epoch: int) -> Callable[[int], Any]:
+        """From the position of an image to what says how that epoch shows it."""
 
     def __call__(self, image: np.ndarray, draw: Any) -> Tensor:
         """uint8 [H, W, 3] -> uint8 [S, S, 3]."""
@@ -45,13 +45,13 @@ class ShiftFlip:
                 sees = f"the classifier's {size}x{size}"
                 raise SdaError(f"images of {width}x{height} are smaller than {sees}: resize them")
 
-    def draws(self, seed: int, epoch: int) -> list[tuple[int, int, bool]]:
+    def draws(self, seed: int, epoch: int) -> Callable[[int], tuple[int, int, bool]]:
         generator = random.Random(int(epoch_seeds(seed, epoch).generate_state(1)[0]))
         drawn = {}
         for i in epoch_order(len(self._places), seed, epoch).tolist():
             y, x = (generator.randrange(places) for places in self._places[i])
             drawn[i] = (y, x, generator.random() < 0.5)
-        return [drawn[i] for i in range(len(drawn))]
+        return drawn.__getitem__
 
     def __call__(self, image: np.ndarray, draw: tuple[int, int, bool]) -> Tensor:
         y, x, mirrored = draw
@@ -68,9 +68,11 @@ class Seeded:
     def __init__(self, transform: Any, identities: Sequence[int]) -> None:
         self._transform, self._identities = transform, identities
 
-    def draws(self, seed: int, epoch: int) -> list[int]:
-        sequences = (np.random.SeedSequence([seed, epoch, identity]) for identity in self._identities)
-        return [int(sequence.generate_state(1, np.uint64)[0]) for sequence in sequences]
+    def draws(self, seed: int, epoch: int) -> Callable[[int], int]:
+        def draw(i: int) -> int:
+            return int(np.random.SeedSequence([seed, epoch, self._identities[i]]).generate_state(1, np.uint64)[0])
+
+        return draw
 
     def __call__(self, image: np.ndarray, draw: int) -> Tensor:
         random.seed(draw)

@@ -81,10 +81,10 @@ def _items(
 ) -> Iterator[list[Item]]:
     """What this process reads, part by part."""
     for epoch in epochs:
-        draws = augment.draws(seed, epoch)
+        draw = augment.draws(seed, epoch)
         for parts in epoch_parts(images, recipe, seed, epoch):
             for _, part in _mine(parts, others):
-                yield [(i, draws[i]) for i in part.tolist()]
+                yield [(i, draw(i)) for i in part.tolist()]
 
 
 def _mine(parts: Sequence[np.ndarray], others: Ranks | None) -> list[tuple[int, np.ndarray]]:

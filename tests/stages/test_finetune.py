@@ -11,7 +11,7 @@ from sda_fast.data import read_image, to_unit
 from sda_fast.errors import SdaError
 from sda_fast.models import load_classifier
 from sda_fast.models.checkpoints import read_checkpoint
-from sda_fast.stages import training
+from sda_fast.stages import loading, training
 from sda_fast.stages.augment import make_augmentation
 from sda_fast.stages.finetune import MODEL, finetune
 from sda_fast.stages.optimization import learning_rate
@@ -143,7 +143,7 @@ def test_augmented_images_are_images(name, size):
     image = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
 
     def draw(epoch, seed=0):
-        return torch.stack([augment(image, drawn) for drawn in augment.draws(seed, epoch)])
+        return torch.stack([augment(image, drawn) for drawn in map(augment.draws(seed, epoch), range(40))])
 
     x = draw(0)
     assert x.shape == (40, 16, 16, 3)
@@ -161,9 +161,9 @@ def test_what_an_image_is_shown_as_is_its_own(name):
     image = np.random.default_rng(0).integers(256, size=(24, 24, 3), dtype=np.uint8)
     few = make_augmentation(RECIPES[name], 16, ["ant/1.png"], [(24, 24)])
     many = make_augmentation(RECIPES[name], 16, ["ant/0.png", "ant/1.png"], [(24, 24)] * 2)
-    (alone,), (_, beside) = few.draws(3, 7), many.draws(3, 7)
+    alone, beside = few.draws(3, 7)(0), many.draws(3, 7)(1)
     expected = few(image, alone)
-    many(image, many.draws(3, 7)[0])
+    many(image, many.draws(3, 7)(0))
     assert torch.equal(many(image, beside), expected)
     again = pickle.loads(pickle.dumps(few))  # as reading processes get it
     assert torch.equal(again(image, alone), expected)
@@ -180,7 +180,7 @@ def test_the_testbed_draws_as_ever():
         y = generator.randrange(height + 4 - 16 + 1)
         expected[int(i)] = (y, generator.randrange(width + 4 - 16 + 1), generator.random() < 0.5)
     augment = make_augmentation(RECIPES["photos"], 16, ["a", "b", "c"], shapes)
-    assert augment.draws(5, 2) == [expected[i] for i in range(3)]
+    assert {i: augment.draws(5, 2)(i) for i in range(3)} == expected
     image = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
     shifted = augment(image, (2, 3, False)).numpy()
     assert (shifted[:, :15] == image[:, 1:]).all()
@@ -193,7 +193,7 @@ def test_an_augmentation_that_changes_little_keeps_the_levels():
     for recipe in (RECIPES["paper-resnet"], RECIPES["photos"]):
         augment = make_augmentation(recipe, 16, ["ant/1.png"], [(16, 16)])
         for level in (0, 127, 255):
-            x = augment(np.full((16, 16, 3), level, np.uint8), augment.draws(0, 0)[0])
+            x = augment(np.full((16, 16, 3), level, np.uint8), augment.draws(0, 0)(0))
             assert set(x.flatten().tolist()) == {level}
 
 
@@ -230,3 +230,13 @@ def test_a_file_that_vanishes_while_training(tmp_path, images, tiny, monkeypatch
     monkeypatch.setattr(training, "learning_rate", vanish)
     with pytest.raises(SdaError, match=r"bee/1\.png cannot be read .*: replace or remove it"):
         finetune(images, tmp_path / "out", tiny.resnet, QUICK)
+
+
+def test_a_reading_process_that_dies(tmp_path, images, tiny, monkeypatch):
+    def killed(*_, **__):
+        yield from ()
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(loading, "DataLoader", killed)
+    with pytest.raises(SdaError, match="a process that reads images died, perhaps for lack of memory: run the same"):
+        finetune(images, tmp_path / "out", tiny.resnet, QUICK, workers=1)

@@ -49,13 +49,14 @@ def test_two_processes_make_the_model_of_one(tmp_path, two_processes, tiny, work
     finetune(two_processes / "images", tmp_path / "one", model, recipes[name])
     paths = (tmp_path / "one" / MODEL, two_processes / name / MODEL, model)
     one, two, source = (read_checkpoint(path)[0] for path in paths)
-    moved = 0
+    difference, moved = {}, {}
     for key, expected in one.items():
-        expected = expected.double()
-        bound = 1e-4 * expected.abs().max()
-        assert (two[key] - expected).abs().max() <= bound, key
-        moved += bool((source[key] - expected).abs().max() > 10 * bound)
-    assert moved > 0.8 * len(one)
+        largest = expected.double().abs().max()
+        difference[key] = ((two[key] - expected.double()).abs().max() / largest).item()
+        moved[key] = ((source[key] - expected.double()).abs().max() / largest).item()
+    print(f"{name}: weights of two processes and of one differ by {max(difference.values()):.1e}")
+    assert max(difference.values()) <= 1e-4
+    assert sum(value > 1e-3 for value in moved.values()) > 0.8 * len(moved)
 
 
 def test_killed_and_started_again(two_processes):
