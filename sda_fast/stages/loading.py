@@ -1,6 +1,6 @@
 """Training images from files to batches: read, augmented and stacked, in this process or in several beside it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class TrainingImages(Dataset):
             return error
 
 
-def load(images: TrainingImages, parts: Iterable[list[Item]], workers: int, pin: bool) -> Iterator[Loaded]:
+def load(images: TrainingImages, parts: Iterable[list[Item]], workers: int, pin: bool) -> Generator[Loaded]:
     """The given parts in order, two ahead per worker process; with `workers` 0 when they are asked for.
 
     Raises SdaError for a file that can no longer be read, and if a worker process dies.

@@ -4,7 +4,7 @@ not matter, because every part draws, normalises and counts by itself."""
 import io
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
 import torch
@@ -56,7 +56,8 @@ def train(
             progress(recipe.last_epoch * len(files), name, hidden, done=len(losses) * len(files))
         )
         items = _items(len(files), augment, recipe, seed, epochs, others)
-        loaded = load(TrainingImages(files, labels, augment), items, workers, pin=device.type == "cuda")
+        images = TrainingImages(files, labels, augment)
+        loaded = stack.enter_context(closing(load(images, items, workers, pin=device.type == "cuda")))
         for epoch in epochs:
             total = torch.zeros((), dtype=torch.float64, device=device)
             steps = epoch_parts(len(files), recipe, seed, epoch)

@@ -28,6 +28,7 @@ def killed(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 
 def main(folder: Path, resnet: str, convnext: str) -> None:
+    finetune(folder / "images", folder / "begun-by-one", convnext, CONVNEXT)
     finetune(folder / "images", folder / "resnet", resnet, RESNET)
     finetune(folder / "images", folder / "convnext", convnext, CONVNEXT)
     training.learning_rate = killed

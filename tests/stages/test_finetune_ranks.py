@@ -10,7 +10,9 @@ import pytest
 
 from sda_fast.errors import SdaError
 from sda_fast.models.checkpoints import read_checkpoint
+from sda_fast.stages import training
 from sda_fast.stages.finetune import MODEL, _require_parts, finetune
+from sda_fast.stages.optimization import learning_rate
 from sda_fast.stages.ranks import Ranks
 from sda_fast.stages.recipes import RECIPES, recipe_for
 
@@ -26,11 +28,22 @@ def work():
     return module
 
 
+def interrupt(recipe, step, steps_per_epoch):
+    """In the place of `learning_rate`: one epoch of two steps is done."""
+    if step == 2:
+        raise KeyboardInterrupt
+    return learning_rate(recipe, step, steps_per_epoch)
+
+
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, tiny, write_images):
+def two_processes(tmp_path_factory, tiny, write_images, work):
     """The folder that finetune_work.py fills, by two processes; torchrun starts them again after one was killed."""
     folder = tmp_path_factory.mktemp("ranks")
     write_images(folder / "images", NAMES, size=(20, 24))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "learning_rate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(folder / "images", folder / "begun-by-one", tiny.convnext, work.CONVNEXT)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     command = [sys.executable, "-P", *torchrun, WORK, folder, tiny.resnet, tiny.convnext]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -41,12 +54,12 @@ def two_processes(tmp_path_factory, tiny, write_images):
     return folder
 
 
-@pytest.mark.parametrize("name", ["convnext", "resnet", "photos"])
+@pytest.mark.parametrize("name", ["convnext", "begun-by-one", "resnet", "photos"])
 def test_two_processes_make_the_model_of_one(tmp_path, two_processes, tiny, work, name):
-    """Of LayerNorm, stochastic depth and RandAugment; and of BatchNorm, whose statistics are those of the parts."""
-    model = tiny.convnext if name == "convnext" else tiny.resnet
-    recipes = {"convnext": work.CONVNEXT, "resnet": work.RESNET, "photos": recipe_for("photos", "", micro_batch=32)}
-    finetune(two_processes / "images", tmp_path / "one", model, recipes[name])
+    """Of LayerNorm, stochastic depth and RandAugment, also if one began; and of BatchNorm, by parts."""
+    recipes = {"resnet": work.RESNET, "photos": recipe_for("photos", "", micro_batch=32)}
+    model = tiny.resnet if name in recipes else tiny.convnext
+    finetune(two_processes / "images", tmp_path / "one", model, recipes.get(name, work.CONVNEXT))
     paths = (tmp_path / "one" / MODEL, two_processes / name / MODEL, model)
     one, two, source = (read_checkpoint(path)[0] for path in paths)
     difference, moved = {}, {}
