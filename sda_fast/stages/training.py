@@ -40,7 +40,7 @@ def train(
     """Fine-tune the classifier where it lies; returns the mean loss of every epoch.
 
     The first process writes the state after each epoch, from which a later call goes on. Raises SdaError for a loss
-    that is not finite, memory that does not suffice, and more processes than a batch has parts.
+    that is not finite, memory that does not suffice, and a file that can no longer be read.
     """
     others = ranks()
     device = classifier.mean.device
