@@ -150,16 +150,31 @@ def finetune(
     input: Input,
     output: Output,
     model: Annotated[str, typer.Option(help='Classifier: a file, or "photos:resnet".')],
-    recipe: Annotated[str | None, typer.Option(help="resnet, transformer or photos [by architecture].")] = None,
+    recipe: Annotated[str, typer.Option(help="paper (15 epochs), code (30, as published) or photos.")] = "paper",
+    drop_path: Annotated[float | None, typer.Option(help="Stochastic depth [Swin, ConvNeXt: as published].")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Images per network pass [64 or 128, as published].")] = None,
+    stop_after: Annotated[int | None, typer.Option(help="Epochs after which to end, on the same curve.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    workers: Annotated[int | None, typer.Option(min=0, help="Reading processes [GPU: by cores, CPU: 0].")] = None,
     as_json: Json = False,
 ) -> None:
     """Adapt a classifier to aligned synthetic images; writes OUTPUT/model.safetensors."""
     from sda_fast.stages.finetune import finetune as stage
     from sda_fast.weights import weights_path
 
-    result = stage(input, output, weights_path(model), recipe, seed=seed, device=_check_device(device))
+    result = stage(
+        input,
+        output,
+        weights_path(model),
+        recipe,
+        drop_path=drop_path,
+        micro_batch=micro_batch,
+        stop_after=stop_after,
+        seed=seed,
+        device=_check_device(device),
+        workers=workers,
+    )
     say(result, as_json, f"{result['output']}: {result['epochs']} epochs of {result['images']} images.")
 
 

@@ -76,6 +76,18 @@ def create_classifier(
     return Classifier(model, classes, input_size, resize, config)
 
 
+def with_drop_path(classifier: Classifier, rate: float) -> Classifier:
+    """The same weights with stochastic depth: in training, residual branches are dropped, the last at `rate`.
+
+    The result is frozen and in eval mode if it is not told otherwise, as from `load_classifier`.
+    Raises SdaError for an architecture that does not take timm's `drop_path_rate`.
+    """
+    config = {**classifier.config, "options": {**classifier.config["options"], "drop_path_rate": rate}}
+    result = create_classifier(**config)
+    result.load_state_dict(classifier.state_dict())
+    return result.eval().requires_grad_(False)
+
+
 def _require_known(architecture: str) -> None:
     import timm
 

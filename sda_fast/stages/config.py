@@ -24,9 +24,12 @@ class SynthesizeConfig(SynthesizeSettings):
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """recipe: one of `RECIPES`, by default the paper's for the architecture."""
+    """Arguments of `recipe_for`: recipe "paper", "code" or one of `RECIPES`, and what differs from it."""
 
-    recipe: str | None = None
+    recipe: str = "paper"
+    drop_path: float | None = None
+    micro_batch: int | None = None
+    stop_after: int | None = None
     seed: int = 0
 
 

@@ -69,7 +69,7 @@ def run(
                 folder = root / "finetuned" / data.name / name
                 adapted[data.name, name] = folder / MODEL
                 with timed(f"finetune {name} on {data.name} images"):
-                    finetune(data, folder, path, config.finetune.recipe, seed=config.finetune.seed, **common)
+                    finetune(data, folder, path, **asdict(config.finetune), **common)
 
     projected = {kind: root / "projected" / kind for kind in kinds}
     for kind, folder in projected.items():
@@ -113,7 +113,8 @@ def _check(config: RunConfig) -> None:
         raise SdaError(f"[evaluate] mode = {config.evaluate.mode!r} is not known; choose one of {', '.join(MODES)}")
     if config.evaluate.batch_size < 1:
         raise SdaError(f"[evaluate] batch_size = {config.evaluate.batch_size} is out of range: give at least 1")
-    recipe_for(config.finetune.recipe, "")
+    recipe = {key: value for key, value in asdict(config.finetune).items() if key not in ("recipe", "seed")}
+    recipe_for(config.finetune.recipe, "", **recipe)
     files, _ = find_images(config.target, option="target")
     for path in config.classifiers.values():
         label_indices(files, load_classifier(weights_path(path)).classes)

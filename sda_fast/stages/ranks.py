@@ -1,4 +1,4 @@
-"""Several processes that torchrun started, on one machine or many: one queue of batches for all of them.
+"""Several processes that torchrun started, on one machine or many: one queue of batches, or one training, for all.
 
 Work is handed out batch by batch, so a slow process takes fewer. What an image becomes depends neither on who computes
 it nor on how many there are.
@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -19,17 +20,17 @@ _PATIENCE = timedelta(days=30)  # torchrun ends all processes when one dies; unt
 
 
 class Ranks:
-    """This process among all. Every method but `first` and `size` must be called by all of them, in one order."""
+    """This process, `rank` of `size`. Every method but `first` must be called by all of them, in one order."""
 
     def __init__(self, store: Any, rank: int, size: int):
-        self.size, self._rank, self._store = size, rank, store
+        self.size, self.rank, self._store = size, rank, store
         self._calls = itertools.count()
         store.set_timeout(_PATIENCE)
 
     @property
     def first(self) -> bool:
         """Whether this is the process that reports and that writes what stands once."""
-        return self._rank == 0
+        return self.rank == 0
 
     def share(self, value: Any) -> Any:
         """The first process's value, which must be JSON-able."""
@@ -41,7 +42,7 @@ class Ranks:
     def gather(self, value: Any) -> list[Any]:
         """All values by rank, when all processes have come here."""
         key = f"gather-{next(self._calls)}"
-        self._set(f"{key}-{self._rank}", value)
+        self._set(f"{key}-{self.rank}", value)
         return [self._get(f"{key}-{rank}") for rank in range(self.size)]
 
     def _set(self, key: str, value: Any) -> None:
@@ -60,6 +61,19 @@ class Ranks:
         key = f"take-{next(self._calls)}"
         while (i := self._store.add(key, 1) - 1) < count:
             yield i
+
+    @contextmanager
+    def collectives(self, device_type: str) -> Iterator[None]:
+        """The collective operations of torch.distributed between all, inside the block: by NCCL on GPUs, else Gloo."""
+        import torch.distributed as dist
+
+        store = _part_of(self._store, f"collectives-{next(self._calls)}")
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
     def total(self) -> "Total":
         """A number that all processes add to."""
@@ -89,7 +103,14 @@ def ranks() -> Ranks | None:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not meet ({str(error).splitlines()[0]}): "
             "start them with torchrun, or unset WORLD_SIZE"
         ) from error
-    return Ranks(store, rank, size)
+    # torchrun keeps its store when it starts processes again; what the ones before left in it must not count.
+    return Ranks(_part_of(store, f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-of-{size}"), rank, size)
+
+
+def _part_of(store: Any, name: str) -> Any:
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    return PrefixStore(name, store)
 
 
 def is_first() -> bool:

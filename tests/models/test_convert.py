@@ -315,7 +315,7 @@ def test_own_files_need_no_description(tiny):
 def test_stages_take_foreign_classifiers_and_write_files_of_this_package(state, write_images, tmp_path):
     torch.save(state, tmp_path / "mm.pth")
     folder = write_images(tmp_path / "in", ["n01440764/a.png", "n01443537/b.png"], (64, 64))
-    recipe = dataclasses.replace(RECIPES["resnet"], batch_size=2, epochs=1)
+    recipe = dataclasses.replace(RECIPES["paper-resnet"], batch_size=2, epochs=1)
     finetune(folder, tmp_path / "out", tmp_path / "mm.pth", recipe, quiet=True)
     before, after = load_classifier(tmp_path / "mm.pth"), load_classifier(tmp_path / "out" / "model.safetensors")
     assert (after.config, after.resize) == (before.config, 256)

@@ -4,7 +4,7 @@ import pytest
 
 from sda_fast.errors import SdaError
 from sda_fast.stages.align import AlignSettings
-from sda_fast.stages.config import build, read_config
+from sda_fast.stages.config import FinetuneConfig, build, read_config
 
 SHORTEST = """
 output = "out"
@@ -49,6 +49,9 @@ start = 75
 
 [finetune]
 recipe = "photos"
+drop_path = 0.2
+micro_batch = 16
+stop_after = 10
 seed = 5
 
 [evaluate]
@@ -77,7 +80,7 @@ def test_what_is_left_out_is_published(read):
     assert (config.synthesize.respacing, config.synthesize.cfg_scale, config.synthesize.per_class) == ("250", 1.0, 50)
     assert config.align == AlignSettings()
     assert config.diffpure == AlignSettings(projection="diffpure")
-    assert config.finetune.recipe is None
+    assert config.finetune == FinetuneConfig("paper", None, None, None, 0)
     assert config.evaluate.methods == ("source", "diffpure", "dda", "sda")
     assert (config.evaluate.mode, config.evaluate.ablation) == ("sum", False)
 
@@ -97,7 +100,7 @@ def test_everything_can_be_set(read):
         respacing="50", start=25, factor=8, scale=3.0, norm="batch", norm_group=4, batch_size=8
     )
     assert config.diffpure == AlignSettings(projection="diffpure", start=75)
-    assert (config.finetune.recipe, config.finetune.seed) == ("photos", 5)
+    assert config.finetune == FinetuneConfig("photos", 0.2, 16, 10, 5)
     assert config.evaluate.methods == ("source", "sda")
     assert (config.evaluate.mode, config.evaluate.batch_size, config.evaluate.ablation) == ("confidence", 16, True)
 

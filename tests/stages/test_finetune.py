@@ -1,4 +1,5 @@
 import json
+import pickle
 import random
 from dataclasses import replace
 
@@ -10,9 +11,11 @@ from sda_fast.data import read_image, to_unit
 from sda_fast.errors import SdaError
 from sda_fast.models import load_classifier
 from sda_fast.models.checkpoints import read_checkpoint
-from sda_fast.stages import finetune as stage
-from sda_fast.stages.finetune import MODEL, finetune, learning_rate, make_augment, make_optimizer
-from sda_fast.stages.recipes import RECIPES, Recipe, recipe_for
+from sda_fast.stages import loading, training
+from sda_fast.stages.augment import make_augmentation
+from sda_fast.stages.finetune import MODEL, finetune
+from sda_fast.stages.optimization import learning_rate
+from sda_fast.stages.recipes import RECIPES, Recipe
 
 QUICK = Recipe("adamw", 1e-2, 0.05, 4, 3, "cosine", warmup_epochs=1, clip_norm=5.0, augment="shift-flip")
 NAMES = [f"{name}/{index}.png" for name in ("ant", "bee", "cow") for index in range(3)]  # 9 images: 4 + 5
@@ -61,28 +64,51 @@ def test_labels_go_by_the_name_of_the_folder(tmp_path, tiny, write_images):
 
 
 @pytest.mark.parametrize("name", ["resnet", "convnext"])
-@pytest.mark.parametrize("at", [0.0, 0.5, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("at", [1, 2, 3])
 def test_an_interrupted_run_goes_on_to_the_same_model(tmp_path, images, tiny, monkeypatch, name, at):
-    """Interrupted at the border of two epochs or within one."""
-    recipe = replace(QUICK, augment="randaugment" if name == "convnext" else "shift-flip")
+    """Interrupted at the border of two epochs, of two steps each, or within one; with dropped branches."""
+    recipe = replace(QUICK, augment="randaugment", drop_path=0.5) if name == "convnext" else QUICK
     model = getattr(tiny, name)
 
-    def stop(recipe, epoch):
-        if epoch >= at:
+    def stop(recipe, step, steps_per_epoch):
+        if step >= at:
             raise KeyboardInterrupt
-        return learning_rate(recipe, epoch)
+        return learning_rate(recipe, step, steps_per_epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "learning_rate", stop)
+        patch.setattr(training, "learning_rate", stop)
         with pytest.raises(KeyboardInterrupt):
             finetune(images, tmp_path / "out", model, recipe)
     assert not (tmp_path / "out" / MODEL).exists()
     random.seed(at)  # what happened before must not matter
-    torch.manual_seed(int(at))
+    torch.manual_seed(at)
     finetune(images, tmp_path / "out", model, recipe)
     finetune(images, tmp_path / "whole", model, recipe)
     assert (tmp_path / "out" / MODEL).read_bytes() == (tmp_path / "whole" / MODEL).read_bytes()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", MODEL]
+
+
+def test_reading_processes_change_nothing(tmp_path, images, tiny):
+    recipe = replace(QUICK, augment="randaugment", drop_path=0.5)
+    finetune(images, tmp_path / "none", tiny.convnext, recipe)
+    finetune(images, tmp_path / "one", tiny.convnext, recipe, workers=1)
+    assert (tmp_path / "one" / MODEL).read_bytes() == (tmp_path / "none" / MODEL).read_bytes()
+
+
+def test_options_of_a_recipe(tmp_path, images, tiny):
+    """Two of 15 epochs, as the first two of all; the file says nothing of stochastic depth, which is for training."""
+    options = {"micro_batch": 3, "drop_path": 0.2}
+    result = finetune(images, tmp_path / "two", tiny.convnext, "photos", stop_after=2, **options)
+    assert result["epochs"] == 2
+    finetune(images, tmp_path / "all", tiny.convnext, "photos", **options)
+    losses = [json.loads((tmp_path / name / "manifest.json").read_text())["finished"] for name in ("two", "all")]
+    assert losses[0]["loss_per_epoch"] == losses[1]["loss_per_epoch"][:2]
+    assert load_classifier(tmp_path / "two" / MODEL).config == load_classifier(tiny.convnext).config
+    manifest = json.loads((tmp_path / "two" / "manifest.json").read_text())
+    chosen = {"micro_batch": 3, "drop_path": 0.2, "stop_after": 2}
+    assert manifest["settings"]["recipe"] == manifest["settings"]["recipe"] | chosen
+    with pytest.raises(SdaError, match=r"made with recipe\.drop_path = 0\.2, this run has recipe\.drop_path = 0\.3"):
+        finetune(images, tmp_path / "two", tiny.convnext, "photos", stop_after=2, micro_batch=3, drop_path=0.3)
 
 
 def test_seed_data_and_recipe_are_not_mixed(tmp_path, images, tiny, write_images):
@@ -104,94 +130,71 @@ def test_seed_data_and_recipe_are_not_mixed(tmp_path, images, tiny, write_images
 
 
 def test_a_single_image_is_no_batch(tmp_path, tiny, write_images):
-    """BatchNorm at one pixel needs two images: 9 images in batches of 4 end with 5, not with 4 and 1."""
-    assert stage._batches(9, 4) == [slice(0, 4), slice(4, 9)]
-    assert stage._batches(8, 4) == [slice(0, 4), slice(4, 8)]
-    assert stage._batches(10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)]
-    assert stage._batches(3, 4) == [slice(0, 3)]
     alone = write_images(tmp_path / "alone", ["ant/1.png"])
     with pytest.raises(SdaError, match="holds a single image"):
         finetune(alone, tmp_path / "out", tiny.resnet, QUICK)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "rates"),
-    [
-        # Paper, table 7: SGD 5e-4, a tenth at epoch 10 of 15.
-        ("resnet", {0: 5e-4, 0.5: 5e-4, 9.99: 5e-4, 10: 5e-5, 14.5: 5e-5}),
-        # AdamW 2e-5 after 5 epochs of linear warm-up, then cosine per epoch to a hundredth: at half time
-        # 2e-5 (0.01 + 0.99 / 2), in the last epoch 2e-5 (0.01 + 0.99 (1 - cos(pi / 10)) / 2).
-        (
-            "transformer",
-            {0: 2e-13, 1: 4e-6, 2.5: 1e-5, 4.75: 1.9e-5, 5: 2e-5, 5.9: 2e-5, 10: 1.01e-5, 14: 6.8454e-7},
-        ),
-    ],
-)
-def test_learning_rates_of_the_paper(recipe, rates):
-    for epoch, rate in rates.items():
-        assert learning_rate(RECIPES[recipe], epoch) == pytest.approx(rate, rel=1e-4)
-
-
-def test_recipes_of_the_paper(tiny):
-    resnet, transformer = RECIPES["resnet"], RECIPES["transformer"]
-    assert (resnet.batch_size, resnet.epochs, resnet.clip_norm, resnet.label_smoothing) == (512, 15, None, 0.0)
-    assert (transformer.batch_size, transformer.epochs) == (1024, 15)
-    assert (transformer.clip_norm, transformer.label_smoothing) == (5.0, 0.1)
-
-    optimizer = make_optimizer(load_classifier(tiny.resnet), resnet)
-    assert isinstance(optimizer, torch.optim.SGD)
-    (group,) = optimizer.param_groups
-    assert (group["lr"], group["momentum"], group["weight_decay"]) == (5e-4, 0.9, 1e-4)
-    assert not group["nesterov"]
-
-    model = load_classifier(tiny.convnext)
-    optimizer = make_optimizer(model, transformer)
-    assert isinstance(optimizer, torch.optim.AdamW)
-    decayed, plain = optimizer.param_groups
-    assert (decayed["lr"], decayed["betas"], decayed["weight_decay"]) == (2e-5, (0.9, 0.999), 1e-8)
-    assert plain["weight_decay"] == 0.0
-    assert {p.ndim for p in plain["params"]} == {1}
-    assert {p.ndim for p in decayed["params"]} == {2, 4}
-    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
-
-
-def test_recipe_by_architecture():
-    assert recipe_for(None, "resnet50") is recipe_for(None, "resnext50_32x4d") is RECIPES["resnet"]
-    assert recipe_for(None, "swin_tiny_patch4_window7_224") is recipe_for(None, "convnext_tiny")
-    assert recipe_for(None, "convnext_tiny") is RECIPES["transformer"]
-    assert recipe_for("photos", "resnet18") is RECIPES["photos"]
-    with pytest.raises(SdaError, match="recipe 'resnet50' is not known; choose from resnet, transformer, photos"):
-        recipe_for("resnet50", "resnet50")
-
-
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("size", [(16, 16), (24, 20)])
 def test_augmented_images_are_images(name, size):
-    augment = make_augment(RECIPES[name], 16)
+    names = [f"ant/{i}.png" for i in range(40)]
+    augment = make_augmentation(RECIPES[name], 16, names, [size] * 40)
     image = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
 
-    def draw(epoch):
-        stage._seed_everything(0, epoch)
-        return torch.stack([augment(image) for _ in range(40)])
+    def draw(epoch, seed=0):
+        return torch.stack([augment(image, drawn) for drawn in map(augment.draws(seed, epoch), range(40))])
 
     x = draw(0)
-    assert x.shape == (40, 3, 16, 16)
-    assert x.dtype == torch.float32
-    assert x.min() >= -1
-    assert x.max() <= 1
-    assert x.std() > 0.3
+    assert x.shape == (40, 16, 16, 3)
+    assert x.dtype == torch.uint8
+    assert x.float().std() > 30
     assert len({part.numpy().tobytes() for part in x}) > 20
     assert torch.equal(x, draw(0))
     assert not torch.equal(x, draw(1))
+    assert not torch.equal(x, draw(0, seed=1))
+
+
+@pytest.mark.parametrize("name", ["code-resnet", "code-transformer"])
+def test_what_an_image_is_shown_as_is_its_own(name):
+    """The same whatever other images there are, and whatever was drawn before."""
+    image = np.random.default_rng(0).integers(256, size=(24, 24, 3), dtype=np.uint8)
+    few = make_augmentation(RECIPES[name], 16, ["ant/1.png"], [(24, 24)])
+    many = make_augmentation(RECIPES[name], 16, ["ant/0.png", "ant/1.png"], [(24, 24)] * 2)
+    alone, beside = few.draws(3, 7)(0), many.draws(3, 7)(1)
+    expected = few(image, alone)
+    many(image, many.draws(3, 7)(0))
+    assert torch.equal(many(image, beside), expected)
+    again = pickle.loads(pickle.dumps(few))  # as reading processes get it
+    assert torch.equal(again(image, alone), expected)
+
+
+def test_the_testbed_draws_as_ever():
+    """Position and mirror from one generator, in the order of the epoch: the figures of docs/testbed.md are made so."""
+    shapes = [(16, 16), (20, 24), (16, 18)]
+    sequence = np.random.SeedSequence([5, 2])
+    generator = random.Random(int(sequence.generate_state(3)[0]))
+    expected = {}
+    for i in np.random.Generator(np.random.PCG64(sequence)).permutation(3):
+        height, width = shapes[i]
+        y = generator.randrange(height + 4 - 16 + 1)
+        expected[int(i)] = (y, generator.randrange(width + 4 - 16 + 1), generator.random() < 0.5)
+    augment = make_augmentation(RECIPES["photos"], 16, ["a", "b", "c"], shapes)
+    assert {i: augment.draws(5, 2)(i) for i in range(3)} == expected
+    image = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    shifted = augment(image, (2, 3, False)).numpy()
+    assert (shifted[:, :15] == image[:, 1:]).all()
+    assert (shifted[:, 15] == image[:, 14]).all()  # reflected
+    assert (augment(image, (2, 3, True)).numpy() == shifted[:, ::-1]).all()
 
 
 def test_an_augmentation_that_changes_little_keeps_the_levels():
-    """Black stays -1 and white 1, whatever the classifier's own normalisation."""
-    for recipe in (RECIPES["resnet"], RECIPES["photos"]):
-        augment = make_augment(recipe, 16)
+    """Black stays black and white white, whatever the classifier's own normalisation."""
+    for recipe in (RECIPES["paper-resnet"], RECIPES["photos"]):
+        augment = make_augmentation(recipe, 16, ["ant/1.png"], [(16, 16)])
         for level in (0, 127, 255):
-            x = augment(np.full((16, 16, 3), level, np.uint8))
-            assert x.sub(level / 127.5 - 1).abs().max() < 1e-6
+            x = augment(np.full((16, 16, 3), level, np.uint8), augment.draws(0, 0)(0))
+            assert set(x.flatten().tolist()) == {level}
 
 
 def test_images_smaller_than_the_model_are_refused(tmp_path, tiny, write_images):
@@ -208,3 +211,32 @@ def test_a_loss_that_explodes_is_reported(tmp_path, images, tiny):
 def test_a_negative_seed_is_refused(tmp_path, images, tiny):
     with pytest.raises(SdaError, match="--seed -1 is out of range"):
         finetune(images, tmp_path / "out", tiny.resnet, QUICK, seed=-1)
+
+
+def test_memory_that_does_not_suffice(tmp_path, images, tiny, monkeypatch):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "part_loss", too_much)
+    with pytest.raises(SdaError, match="does not hold the training of 4 images at once: give a smaller --micro-batch"):
+        finetune(images, tmp_path / "out", tiny.resnet, QUICK)
+
+
+def test_a_file_that_vanishes_while_training(tmp_path, images, tiny, monkeypatch):
+    def vanish(recipe, step, steps_per_epoch):
+        (images / "bee" / "1.png").unlink(missing_ok=True)
+        return 1e-3
+
+    monkeypatch.setattr(training, "learning_rate", vanish)
+    with pytest.raises(SdaError, match=r"bee/1\.png cannot be read .*: replace or remove it"):
+        finetune(images, tmp_path / "out", tiny.resnet, QUICK)
+
+
+def test_a_reading_process_that_dies(tmp_path, images, tiny, monkeypatch):
+    def killed(*_, **__):
+        yield from ()
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(loading, "DataLoader", killed)
+    with pytest.raises(SdaError, match="a process that reads images died, perhaps for lack of memory: run the same"):
+        finetune(images, tmp_path / "out", tiny.resnet, QUICK, workers=1)

@@ -62,7 +62,7 @@ def no_work(monkeypatch):
         for module, name in (
             (synthesize, "_make_work"),
             (align, "_make_work"),
-            (finetune, "_train"),
+            (finetune, "train"),
             (evaluate, "_outcomes"),
         ):
             monkeypatch.setattr(module, name, lambda *_: pytest.fail("computed again"))
