@@ -3,12 +3,15 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sda_fast.cli.app import Json, app, end, say
 from sda_fast.errors import SdaError
+
+if TYPE_CHECKING:
+    from sda_fast.stages.config import RunConfig
 
 Input = Annotated[Path, typer.Option("--input", "-i", help="Folder of images.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; resumed if it exists.")]
@@ -251,6 +254,11 @@ def _kind_and_folder(item: str) -> tuple[str, Path]:
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="TOML file; docs/cli.md shows one.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print what would be done, and its cost; no more.")
+    ] = False,
+    rate: Annotated[float | None, typer.Option(help="For --dry-run: TFLOP/s of one process, to tell the time.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="The same from rows of bench --output, .jsonl.")] = None,
     as_json: Json = False,
 ) -> None:
     """All stages from one TOML file, and a report. The same call goes on after an interruption."""
@@ -258,14 +266,29 @@ def run(
     from sda_fast.stages.config import read_config
     from sda_fast.stages.pipeline import run as pipeline
 
+    if (rate is not None or rows is not None) and not dry_run:
+        raise SdaError("--rate and --rows are for --dry-run: add it")
     settings = read_config(config)
     _check_device(settings.device)
+    if dry_run:
+        _print_plan(settings, rate, rows, as_json)
+        return
     result = pipeline(settings, log=_announce)
     if result["failures"]:  # the report compares methods on the same images under every corruption
         say({"rows": result["rows"], "files": {}}, as_json, "No report yet: some images are missing.")
         end(*result["failures"])
     text, files = write_run_report(settings.output, result, command=f"sda-fast run {config}")
     say({"rows": result["rows"], "files": files}, as_json, text + "\n\n" + _listing(files))
+
+
+def _print_plan(settings: "RunConfig", rate: float | None, rows: Path | None, as_json: bool) -> None:
+    from sda_fast.dry_run import Rates, free_bytes, plan_table
+    from sda_fast.dry_run import dry_run as plan
+    from sda_fast.report import to_text
+
+    table = plan_table(plan(settings, Rates(rate, rows)), settings)
+    free = free_bytes(settings.output)
+    say({"stages": table.records, "free_bytes": free, "note": table.note}, as_json, to_text(table))
 
 
 @app.command()

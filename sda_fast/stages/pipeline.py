@@ -89,7 +89,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
                 stages.append(Stage(f"finetune {name} on {data.name} images", finetune, tuning))
     projected = _projected(config)
     for kind, folder in projected.items():
-        both = {"input": config.target, "output": folder}
+        both = {"input": Path(config.target), "output": folder}
         settings = config.align if kind == "dda" else config.diffpure
         stages.append(Stage(f"project ({kind})", align, {**both, "settings": settings, **align_all}))
 
@@ -172,9 +172,10 @@ def check(config: RunConfig) -> None:
         recipe_for(config.finetune.recipe, classifier.config["architecture"])
         label_indices(files, classifier.classes)
         if foreign := [label for label in made if label not in classifier.classes]:
-            raise SdaError(f"class {foreign[0]!r} of DiT {config.dit} is none of {name}'s: give models of the same classes")
-        size = classifier.input_size
-        make_reader(config.evaluate.decoder, EvaluationCrop(size, classifier.resize if config.evaluate.resize else size))
+            raise SdaError(
+                f"class {foreign[0]!r} of DiT {config.dit} is none of {name}'s: give models of the same classes"
+            )
+        make_reader(config.evaluate.decoder, EvaluationCrop(classifier.input_size, classifier.resize))
         methods_of(config, classifier)
 
 

@@ -59,7 +59,7 @@ def synthesize(
     vae = None if vae is None else vae_file(vae)
     out = open_output(output, "synthesize", synthesize_record(dit, vae, settings, names))
 
-    keys = [f"{name}/{index:05d}" for name in dict.fromkeys(only or names) for index in range(per_class)]
+    keys = synthetic_keys(only or names, per_class)
     todo = plan([[key] for key in keys], out.done, settings.batch_size)
     run_batches(
         todo,
@@ -109,6 +109,11 @@ def check_synthesize(
     if vae is not None:
         load_vae(vae)
     return model, names
+
+
+def synthetic_keys(classes: Sequence[str], per_class: int) -> list[str]:
+    """What the images are called, `<class>/<index>`."""
+    return [f"{name}/{index:05d}" for name in dict.fromkeys(classes) for index in range(per_class)]
 
 
 def synthesize_record(

@@ -140,7 +140,7 @@ def test_everything_can_be_set(read):
             SHORTEST.replace('"photos:resnet"', "1"),
             "classifiers = {'resnet': 1} is of another type; give a table of texts",
         ),
-        (SHORTEST + "[evaluate.options]\nviews = 2", "options = {'views': 2} is of another type; give a table of tables"),
+        (SHORTEST + "[evaluate.options]\nviews = 2", "{'views': 2} is of another type; give a table of tables"),
         ("output = out", "run.toml is not TOML (Invalid value"),
         ("<xml/>", "run.toml is not TOML ("),
     ],

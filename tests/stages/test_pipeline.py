@@ -199,14 +199,15 @@ def test_classes_of_the_dit_that_a_classifier_does_not_know(tmp_path, config, ru
         ("start = 5", "start = 50", "start=50 is out of range"),
         ("[synthesize]", '[synthesize]\nonly = ["dog"]', "class 'dog' is none of the model's 3"),
         ("[synthesize]", '[synthesize]\nclasses = "none.txt"', "class list none.txt cannot be read"),
-        ("ablation = true", 'seed = 1\n[evaluate.options.memo]', "options are given for method memo, which is"),
-        ("ablation = true", 'methods = ["memo"]\noptions = {memo = {view = 2}}', "method memo: got an unexpected keyword"),
+        ("ablation = true", "seed = 1\n[evaluate.options.memo]", "options are given for method memo, which is"),
+        ("ablation = true", 'methods = ["memo"]\noptions = {memo = {view = 2}}', "method memo: got an unexpected"),
         ("ablation = true", 'methods = ["gda"]\noptions = {gda = {start = 99}}', "start=99 is out of range"),
         ("start = 5", "strat = 5", "[align]: unknown key 'strat'; did you mean start?"),
     ],
 )
 def test_what_would_fail_later_fails_at_once(tmp_path, config, run, old, new, message):
     said = run(config.replace(old, new, 1))
+    assert run(config.replace(old, new, 1), "--dry-run").err == said.err
     assert said.code == 2
     assert message in said.err.splitlines()[-1]
     assert said.out == ""
