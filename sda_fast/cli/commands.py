@@ -189,15 +189,24 @@ def evaluate(
     resize: Annotated[
         bool, typer.Option(help="Enlarge as published (256, then a crop of 224), or go straight to the crop.")
     ] = True,
+    mce: Annotated[
+        str | None, typer.Option(help="Mean corruption error too: against alexnet, or the errors in a JSON file.")
+    ] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Score methods on labelled images and their projections; prints a table with 95 % intervals."""
-    from sda_fast.report import accuracy_table, to_text
+    from sda_fast.data import find_images
+    from sda_fast.report import check_baseline, read_baseline, to_text, write_evaluation
+    from sda_fast.stages.evaluate import conditions
     from sda_fast.stages.evaluate import evaluate as stage
     from sda_fast.weights import weights_path
 
     folders = dict(_kind_and_folder(item) for item in projection or [])
+    baseline = None
+    if mce is not None:  # what does not fit shows before the work
+        baseline, (files, _) = read_baseline(mce), find_images(input)
+        check_baseline(mce, baseline, conditions(files, input), {file.class_name for file in files})
     rows = stage(
         input,
         output,
@@ -215,7 +224,9 @@ def evaluate(
         resize=resize,
         device=_check_device(device),
     )
-    say({"rows": rows}, as_json, to_text(accuracy_table(rows, layout="tall")) if rows and not as_json else "")
+    tables = write_evaluation(output, rows, baseline, mce or "") if rows else []
+    result = {"rows": rows, "mce": [record for table in tables[1:] for record in table.records if "ce" in record]}
+    say(result if mce else {"rows": rows}, as_json, to_text(tables))
     end(output)
 
 

@@ -250,6 +250,11 @@ def _describe(group: str, root: str | Path) -> tuple[str, int]:
     return group or Path(root).resolve().name, 0
 
 
+def conditions(files: Sequence[ImageFile], root: str | Path) -> list[tuple[str, int]]:
+    """Corruption and severity (0: none given) of each group of images below `root`, as rows name them."""
+    return [_describe(group, root) for group in _groups(files)]
+
+
 def _outcomes(
     methods: Sequence[Method],
     files: Sequence[ImageFile],
