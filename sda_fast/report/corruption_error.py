@@ -55,11 +55,10 @@ def read_baseline(name: str | Path) -> dict[Column, float]:
     except (ValueError, TypeError, AttributeError) as error:
         form = '{"fog": {"5": 0.945}}'
         raise SdaError(f"--mce {name} is not of the form {form} ({error}): mend it there") from error
-    for (corruption, severity), error in baseline.items():
-        if not 0 < error <= 1:
-            raise SdaError(
-                f"--mce {name}: {error} for {corruption} {severity} is no error rate in (0, 1]: mend it there"
-            )
+    for (corruption, severity), rate in baseline.items():
+        if not 0 < rate <= 1:
+            where = f"{corruption} at severity {severity}"
+            raise SdaError(f"--mce {name}: {rate} for {where} is no error rate in (0, 1]: mend it there")
     return baseline
 
 

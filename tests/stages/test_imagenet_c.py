@@ -156,7 +156,7 @@ def test_a_baseline_of_ones_own(imagenet_c, evaluate):
     path.write_text(json.dumps({"fog": dict.fromkeys(SEVERITIES, 0.5)}))
     assert f"--mce {path} has no error for gaussian_noise at severity 1: give a file" in evaluate("--mce", path).err
     for content, message in {
-        '{"fog": {"1": 2}}': "2.0 for fog 1 is no error rate in (0, 1]: mend it there",
+        '{"fog": {"1": 2}}': "2.0 for fog at severity 1 is no error rate in (0, 1]: mend it there",
         '{"fog": [0.5]}': 'is not of the form {"fog": {"5": 0.945}} (',
         "fog": 'is not of the form {"fog": {"5": 0.945}} (',
     }.items():
