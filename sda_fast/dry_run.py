@@ -25,8 +25,7 @@ from sda_fast.stages.align import align, align_record, check_align
 from sda_fast.stages.config import RunConfig
 from sda_fast.stages.finetune import MODEL, finetune
 from sda_fast.stages.manifest import MANIFEST, check_output
-from sda_fast.stages.pipeline import Stage, check, methods_of, stages_of
-from sda_fast.stages.recipes import recipe_for
+from sda_fast.stages.pipeline import Stage, check, methods_of, recipe_of, stages_of
 from sda_fast.stages.synthesize import check_synthesize, synthesize, synthesize_record, synthetic_keys
 
 BACKWARD = 2  # a backward pass for weights and inputs, in forward passes
@@ -137,8 +136,7 @@ def _plan_align(stage: Stage, config: RunConfig, rates: Rates, made: dict[Path, 
 def _plan_finetune(stage: Stage, config: RunConfig, rates: Rates, made: dict[Path, list[str]]) -> Planned:
     check_output(stage.output, "finetune", lambda: None)
     classifier = load_classifier(stage.arguments["model"]).to("meta")
-    epochs = recipe_for(config.finetune.recipe, classifier.config["architecture"]).epochs
-    images = epochs * len(made[stage.arguments["input"]])
+    images = recipe_of(config, classifier).epochs * len(made[stage.arguments["input"]])
     finished = (stage.output / MODEL).exists()
     left = 0 if finished else images * (1 + BACKWARD) * _classifier_flops(classifier)
     size = 0 if finished else sum(4 * parameter.numel() for parameter in classifier.parameters())

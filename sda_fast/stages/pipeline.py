@@ -19,7 +19,7 @@ from sda_fast.stages.failures import read_failures
 from sda_fast.stages.finetune import MODEL, finetune
 from sda_fast.stages.networks import load_networks, network_files
 from sda_fast.stages.ranks import alone
-from sda_fast.stages.recipes import recipe_for
+from sda_fast.stages.recipes import Recipe, recipe_for
 from sda_fast.stages.synthesize import SynthesizeSettings, check_synthesize, synthesize
 from sda_fast.weights import weights_path
 
@@ -169,7 +169,7 @@ def check(config: RunConfig) -> None:
             check_align(adm, settings, config.adm_preset, config.device)
     for name, path in config.classifiers.items():
         classifier = load_classifier(weights_path(path))
-        recipe_for(config.finetune.recipe, classifier.config["architecture"])
+        recipe_of(config, classifier)
         label_indices(files, classifier.classes)
         if foreign := [label for label in made if label not in classifier.classes]:
             raise SdaError(
@@ -177,6 +177,13 @@ def check(config: RunConfig) -> None:
             )
         make_reader(config.evaluate.decoder, EvaluationCrop(classifier.input_size, classifier.resize))
         methods_of(config, classifier)
+
+
+def recipe_of(config: RunConfig, classifier: Classifier) -> Recipe:
+    """How the run fine-tunes a classifier. Raises SdaError for settings that no recipe has."""
+    settings = asdict(config.finetune)
+    del settings["seed"]
+    return recipe_for(settings.pop("recipe"), classifier.config["architecture"], **settings)
 
 
 def methods_of(config: RunConfig, classifier: Classifier) -> list[Method]:
