@@ -82,7 +82,8 @@ class Rates:
 def dry_run(config: RunConfig, rates: Rates) -> list[Planned]:
     """The plan of a run. Raises SdaError for what `pipeline.run` would refuse, as far as that can be known by now."""
     check(config)
-    made: dict[Path, list[str]] = {}  # the keys of the images that each folder of the run will hold
+    target = Path(config.target)
+    made = {target: [file.key for file in find_images(target)[0]]}  # the keys that each folder holds, or will hold
     planned = []
     for stage in stages_of(config):
         if stage.work is synthesize:
@@ -92,7 +93,7 @@ def dry_run(config: RunConfig, rates: Rates) -> list[Planned]:
         elif stage.work is finetune:
             planned.append(_plan_finetune(stage, config, rates, made))
         else:
-            planned.append(_plan_evaluate(stage, config, rates))
+            planned.append(_plan_evaluate(stage, config, rates, len(made[target])))
     return planned
 
 
@@ -120,13 +121,12 @@ def _plan_align(stage: Stage, config: RunConfig, rates: Rates, made: dict[Path, 
     model = check_align(adm, settings, preset, config.device)
 
     def record() -> dict[str, Any] | None:
-        if Path(folder) in made and not (Path(folder) / MANIFEST).exists():
+        if folder != Path(config.target) and not (folder / MANIFEST).exists():
             return None  # what its manifest will say is not known yet
         return align_record(folder, adm, settings, model.image_size)
 
     out = check_output(stage.output, "align", record)
-    keys = made.get(Path(folder)) or [file.key for file in find_images(folder, option="target")[0]]
-    made[stage.output] = keys
+    keys = made[stage.output] = made[folder]
     guided = settings.projection == "dda"
     rate = rates.of("GuidedStep" if guided else "UnguidedStep", model, settings)
     each = settings.start * _step_flops(model, guided)
@@ -145,7 +145,7 @@ def _plan_finetune(stage: Stage, config: RunConfig, rates: Rates, made: dict[Pat
     )
 
 
-def _plan_evaluate(stage: Stage, config: RunConfig, rates: Rates) -> Planned:
+def _plan_evaluate(stage: Stage, config: RunConfig, rates: Rates, images: int) -> Planned:
     out = check_output(stage.output, "evaluate", lambda: None)
     classifier = load_classifier(stage.arguments["model"])
     methods = dict(zip(config.evaluate.methods, methods_of(config, classifier), strict=True))
@@ -155,7 +155,6 @@ def _plan_evaluate(stage: Stage, config: RunConfig, rates: Rates) -> Planned:
         each += (cost.classifier + BACKWARD * cost.classifier_backward) * forward
         if network := getattr(method, "adm", None) or getattr(method, "dit", None):
             each += (cost.diffusion + BACKWARD * cost.diffusion_backward) * _step_flops(network, guided=False)
-    images = len(find_images(stage.arguments["input"], option="target")[0])
     kept = [json.loads(path.read_text())["images"] for path in (out.folder / "rows").rglob("*.json")]
     left = images - (done := sum(map(len, kept)))
     reads = ", ".join(str(folder) for folder in (config.target, *stage.arguments["projections"].values()))

@@ -96,7 +96,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
     own = ("mode", "batch_size", "decoder", "resize", "seed")
     scoring = {option: getattr(config.evaluate, option) for option in own}
     for name, path in classifiers.items():
-        common = {"input": config.target, "model": path, "projections": projected, "name": name, **scoring}
+        common = {"input": Path(config.target), "model": path, "projections": projected, "name": name, **scoring}
         whole = {"finetuned": adapted.get(("aligned", name)), "methods": methods, "options": config.evaluate.options}
         output = root / "evaluation" / name
         stages.append(Stage(f"evaluate {name}", evaluate, {"output": output, **common, **whole, **_networks(config)}))

@@ -129,7 +129,9 @@ def check_report(out, result, config):
     assert written["rows"] == result["rows"]
     assert written["settings"]["align"]["start"] == 5
     assert set(written["seconds"]) >= {"synthesize", "project (dda)", "evaluate resnet"}
-    assert "not aligned" in (out / "results.md").read_text()
+    table = (out / "results.md").read_text()
+    assert table.startswith("Accuracy in percent, mean over 2 corruptions, severity 3\n")
+    assert "not aligned" in table
     assert "sda-fast run" in (out / "report.html").read_text()
 
 
