@@ -3,12 +3,15 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sda_fast.cli.app import Json, app, end, say
 from sda_fast.errors import SdaError
+
+if TYPE_CHECKING:
+    from sda_fast.stages.config import RunConfig
 
 Input = Annotated[Path, typer.Option("--input", "-i", help="Folder of images.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; resumed if it exists.")]
@@ -206,15 +209,24 @@ def evaluate(
     resize: Annotated[
         bool, typer.Option(help="Enlarge as published (256, then a crop of 224), or go straight to the crop.")
     ] = True,
+    mce: Annotated[
+        str | None, typer.Option(help="Mean corruption error too: against alexnet, or the errors in a JSON file.")
+    ] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Score methods on labelled images and their projections; prints a table with 95 % intervals."""
-    from sda_fast.report import accuracy_table, to_text
+    from sda_fast.data import find_images
+    from sda_fast.report import check_baseline, read_baseline, to_text, write_evaluation
+    from sda_fast.stages.evaluate import conditions
     from sda_fast.stages.evaluate import evaluate as stage
     from sda_fast.weights import weights_path
 
     folders = dict(_kind_and_folder(item) for item in projection or [])
+    baseline = None
+    if mce is not None:  # what does not fit shows before the work
+        baseline, (files, _) = read_baseline(mce), find_images(input)
+        check_baseline(mce, baseline, conditions(files, input), {file.class_name for file in files})
     rows = stage(
         input,
         output,
@@ -232,7 +244,9 @@ def evaluate(
         resize=resize,
         device=_check_device(device),
     )
-    say({"rows": rows}, as_json, to_text(accuracy_table(rows, layout="tall")) if rows and not as_json else "")
+    tables = write_evaluation(output, rows, baseline, mce or "") if rows else []
+    result = {"rows": rows, "mce": [record for table in tables[1:] for record in table.records if "ce" in record]}
+    say(result if mce else {"rows": rows}, as_json, to_text(tables))
     end(output)
 
 
@@ -271,6 +285,11 @@ def _kind_and_folder(item: str) -> tuple[str, Path]:
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="TOML file; docs/cli.md shows one.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print what would be done, and its cost; no more.")
+    ] = False,
+    rate: Annotated[float | None, typer.Option(help="For --dry-run: TFLOP/s of one process, to tell the time.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="The same from rows of bench --output, .jsonl.")] = None,
     as_json: Json = False,
 ) -> None:
     """All stages from one TOML file, and a report. The same call goes on after an interruption."""
@@ -278,14 +297,29 @@ def run(
     from sda_fast.stages.config import read_config
     from sda_fast.stages.pipeline import run as pipeline
 
+    if (rate is not None or rows is not None) and not dry_run:
+        raise SdaError("--rate and --rows are for --dry-run: add it")
     settings = read_config(config)
     _check_device(settings.device)
+    if dry_run:
+        _print_plan(settings, rate, rows, as_json)
+        return
     result = pipeline(settings, log=_announce)
     if result["failures"]:  # the report compares methods on the same images under every corruption
         say({"rows": result["rows"], "files": {}}, as_json, "No report yet: some images are missing.")
         end(*result["failures"])
     text, files = write_run_report(settings.output, result, command=f"sda-fast run {config}")
     say({"rows": result["rows"], "files": files}, as_json, text + "\n\n" + _listing(files))
+
+
+def _print_plan(settings: "RunConfig", rate: float | None, rows: Path | None, as_json: bool) -> None:
+    from sda_fast.dry_run import Rates, free_bytes, plan_table
+    from sda_fast.dry_run import dry_run as plan
+    from sda_fast.report import to_text
+
+    table = plan_table(plan(settings, Rates(rate, rows)), settings)
+    free = free_bytes(settings.output)
+    say({"stages": table.records, "free_bytes": free, "note": table.note}, as_json, to_text(table))
 
 
 @app.command()

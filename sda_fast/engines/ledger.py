@@ -4,7 +4,7 @@ The graph is the one that engines take, run operator by operator: every operator
 writes its outputs there. What a compiler fuses moves fewer bytes; a fusion that the graph lacks shows as bytes here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -89,18 +89,24 @@ def count(step: Step, example: tuple[Tensor, ...], *, channels_last: bool = True
     if guided:
         turn = next(i for i, node in enumerate(nodes) if node.target is torch.ops.sda_fast.guidance.default)
     forward = sum(_flops(node) for node in nodes[:turn])
-    # With plain attention nothing is recomputed: the mathematics alone.
-    with _Counter() as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        step(*example)
+    total = flops(step, *example)
     return Ledger(
         forward_flops=forward,
-        backward_flops=counter.flops - forward,
+        backward_flops=total - forward,
         executed_flops=sum(_flops(node) for node in nodes),
         moved=_moved(nodes),
         saved_bytes=saved_bytes(graph) if guided else 0,
         peak_bytes=peak_bytes(graph),
         weight_bytes=sum(_storages([*graph.parameters(), *graph.buffers()]).values()),
     )
+
+
+def flops(run: Callable[..., Any], *inputs: Tensor) -> int:
+    """What the mathematics of `run(*inputs)` asks for; nothing is computed if the tensors are fake or on `meta`."""
+    # With plain attention nothing is recomputed.
+    with _Counter() as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        run(*inputs)
+    return counter.flops
 
 
 def _moved(nodes: list[fx.Node]) -> dict[str, Moved]:

@@ -8,6 +8,7 @@ from typing import Any
 from sda_fast.data import ImageFile, list_images, read_image
 from sda_fast.files import write_json
 from sda_fast.report.html import write_report
+from sda_fast.report.paper import paper_table
 from sda_fast.report.pictures import accuracy_bars, picture_grid
 from sda_fast.report.tables import accuracy_table, comparison_table
 from sda_fast.report.writers import to_text, write_tables
@@ -33,7 +34,8 @@ def write_run_report(output: str | Path, result: Mapping[str, Any], *, command: 
     if grid is not None:
         figures.append(("Test images: clean where known, corrupted, and their projections.", grid))
     write_json({"seconds": result["seconds"], "settings": result["settings"], "rows": rows}, root / "results.json")
-    write_tables(root / "results.md", [*tables, *comparisons])
+    overview = [paper_table(rows), *tables, *comparisons]
+    write_tables(root / "results.md", overview)
     write_tables(root / "results.csv", tables)
     report = write_report(
         root / "report.html",
@@ -53,7 +55,7 @@ def write_run_report(output: str | Path, result: Mapping[str, Any], *, command: 
         "table": root / "results.md",
         "rows": root / "results.json",
     }
-    return to_text([*tables, *comparisons]), {kind: str(path) for kind, path in files.items() if path is not None}
+    return to_text(overview), {kind: str(path) for kind, path in files.items() if path is not None}
 
 
 def environment() -> dict[str, str]:

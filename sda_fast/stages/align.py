@@ -122,21 +122,13 @@ def align(
     grouped = settings.projection == "dda" and settings.norm == "batch"
     # An image that is not listed would shift all groups after it: then nothing may be wrong with the folder.
     files, listed = (list_images(input), {}) if grouped else find_images(input)
-    model = load_adm(adm, preset)
-    # Wrong settings must fail before the folder is made.
-    network = make_projection(model, settings).network
-    network.engine.check(network.step, torch.device(device))
-    make_reader(settings.decoder, DiffusionCrop(model.image_size))
+    model = check_align(adm, settings, preset, device)  # wrong settings must fail before the folder is made
     if Path(output).resolve().is_relative_to(Path(input).resolve()):
         raise SdaError(f"--output {output} lies in --input {input}: a second call would project projections; move it")
-    origin = {"input": str(Path(input).resolve()), "input_made_with": made_with(input)}
-    weights = {"adm": file_sha256(adm)}
-    recorded = {**asdict(settings), "image_size": model.image_size, **origin, "weights": weights}
-    out = open_output(output, "align", recorded)
-    batch_size = _batch_size(out, settings, model, device, workers) if is_first() else 0
+    out = open_output(output, "align", align_record(input, adm, settings, model.image_size))
+    batch_size = _batch_size(out, settings, adm, preset, device, workers) if is_first() else 0
     if (others := ranks()) is not None:
         batch_size = others.share(batch_size)
-    del model, network  # every worker loads its own
 
     size = settings.norm_group if grouped else 1
     groups = [[file.key for file in files[i : i + size]] for i in range(0, len(files), size)]
@@ -171,6 +163,25 @@ def align(
     wait_for_all()
     done = sum(file.name not in failures for batch in todo for file in map(by_key.__getitem__, batch))
     return {"images": len(files), "projected": done, "failed": len(failures), "output": str(output)}
+
+
+def check_align(adm: str | Path, settings: AlignSettings, preset: str | None, device: str) -> ADM:
+    """The ADM on the meta device. Raises SdaError for weights or settings that a projection would refuse.
+
+    Only keys and shapes are looked at, so it costs neither time nor memory.
+    """
+    model = load_adm(adm, preset).to("meta")
+    network = make_projection(model, settings).network
+    network.engine.check(network.step, torch.device(device))
+    make_reader(settings.decoder, DiffusionCrop(model.image_size))
+    return model
+
+
+def align_record(input: str | Path, adm: str | Path, settings: AlignSettings, image_size: int) -> dict[str, Any]:
+    """What the manifest says of a projection of `input`, whose own manifest and weights are read for it."""
+    origin = {"input": str(Path(input).resolve()), "input_made_with": made_with(input)}
+    weights = {"adm": file_sha256(adm)}
+    return {**asdict(settings), "image_size": image_size, **origin, "weights": weights}
 
 
 def _make_work(
@@ -213,14 +224,16 @@ def _make_work(
     return work
 
 
-def _batch_size(out: Output, settings: AlignSettings, adm: ADM, device: str, workers: int) -> int:
+def _batch_size(
+    out: Output, settings: AlignSettings, adm: str | Path, preset: str | None, device: str, workers: int
+) -> int:
     """What an earlier run ended with, what the settings say, or what fits into the device's memory."""
     recorded = out.recorded().get("batch_size")
     if recorded is not None:
         return recorded
     if settings.batch_size != "auto":
         return settings.batch_size
-    project = make_projection(adm.to(device), settings)
+    project = make_projection(load_adm(adm, preset).to(device), settings)
     most = affordable_batch(project.network.step, max(1, workers) * processes_here())
     batch_size = max(1, most // project.batch_unit) * project.batch_unit
     out.record(batch_size=batch_size)

@@ -61,8 +61,7 @@ def run_batches(
     libraries split their sums by the number of threads, which would show in the last bits. An error that the work
     raises stops the run; what is written stays.
     """
-    if workers < 1:
-        raise SdaError(f"--workers {workers} is out of range: give at least 1")
+    check_workers(workers)
     if (others := ranks()) is not None:
         if workers > 1:
             raise SdaError(f"--workers {workers} and torchrun exclude each other: start more processes instead")
@@ -75,6 +74,12 @@ def run_batches(
             failures.update(failed or {})
             reporter.advance(len(batch))
     return failures
+
+
+def check_workers(workers: int) -> None:
+    """Raises SdaError for a number of processes that is none."""
+    if workers < 1:
+        raise SdaError(f"--workers {workers} is out of range: give at least 1")
 
 
 def _run_as_rank(

@@ -17,9 +17,15 @@ from sda_fast.stages.synthesize import SynthesizeSettings
 
 @dataclass(frozen=True)
 class SynthesizeConfig(SynthesizeSettings):
-    """Settings of the synthesis, and how many images per class it makes."""
+    """Settings of the synthesis, how many images per class it makes, and of which classes.
+
+    classes: a file of class names, or "imagenet", for a DiT that does not name its own. only: the classes to make, by
+    default all.
+    """
 
     per_class: int = 50
+    classes: str | None = None
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class FinetuneConfig:
 class EvaluateConfig:
     """methods: in the order of the table; ablation: also fine-tune on images that were not aligned (paper, table 4).
 
-    decoder and resize: how images are read and shown to the classifier, as in `evaluate`.
+    decoder and resize: how images are read and shown to the classifier, as in `evaluate`. options: by method, what its
+    class takes; seed: the key of what is random in a method.
     """
 
     methods: tuple[str, ...] = ("source", "diffpure", "dda", "sda")
@@ -45,6 +52,8 @@ class EvaluateConfig:
     batch_size: int = 64
     decoder: Decoder = "pillow"
     resize: bool = True
+    seed: int = 0
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     ablation: bool = False
 
 
@@ -54,7 +63,8 @@ class RunConfig:
 
     output: folder of everything the run makes. target: the images to adapt to, `[<corruption>/[<severity>/]]<class>/`.
     adm, dit: weights, a path or "photos:NAME"; classifiers: weights by the name used in tables. adm_preset and
-    dit_preset: for weights that do not say how they are built. vae: for a DiT of latents.
+    dit_preset: for weights that do not say how they are built. vae: for a DiT of latents. Methods that need a diffusion
+    model get these.
     """
 
     output: str
@@ -123,8 +133,10 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
             return tuple(value)
         if option is float and type(value) in (int, float):
             return float(value)
-        if origin is dict and isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
-            return value
+        if origin is dict and isinstance(value, dict):
+            inner = get_args(option)[1]
+            if all(isinstance(item, get_origin(inner) or inner) for item in value.values()):
+                return value
         if origin in (str, int, bool) and type(value) is origin:
             return value
         if get_args(option) and value in get_args(option):  # a Literal
@@ -141,5 +153,7 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
 
 def _name(kind: Any) -> str:
     """What a TOML file calls the type."""
-    known = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table of texts"}
-    return known.get(get_origin(kind) or kind, "a list of texts")
+    known = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    if get_origin(kind) is dict:
+        return "a table of texts" if get_args(kind)[1] is str else "a table of tables"
+    return known.get(kind, "a list of texts")

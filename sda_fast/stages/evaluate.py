@@ -85,10 +85,7 @@ def evaluate(
     together, unknown classes, wrong weights and other settings than those of a run begun before.
     """
     alone("evaluate")
-    if mode not in MODES:
-        raise SdaError(f"--ensemble {mode!r} is not known; choose one of {', '.join(MODES)}")
-    if batch_size < 1:
-        raise SdaError(f"--batch-size {batch_size} is out of range: give at least 1")
+    check_scoring(mode, batch_size)
     files, listed = find_images(input)
     failures = report_listing(listed)
     found = len(files) + sum(not name.endswith("/") for name in listed)
@@ -100,11 +97,9 @@ def evaluate(
     folders = dict(projections or {})
     chosen = _choose(methods, folders, adapted is not None, networks or {})
     options, presets, network = options or {}, presets or {}, network_files(networks or {}, presets or {})
-    if unused := set(options) - set(chosen):
-        raise SdaError(f"options are given for method {min(unused)}, which is not scored: name it in methods")
     given: dict[str, Any] = {**load_networks(network, presets, device), "mode": mode, "seed": seed}
     given["finetuned"] = adapted and adapted.to(device)
-    created = [_create(m, source.to(device), given, options.get(m, {})) for m in chosen]
+    created = create_methods(chosen, source.to(device), given, options)
     needed = {p for m in chosen if (p := method_class(m).projection)}
     pairs = {kind: _pairs(files, folders[kind], kind, failures) for kind in sorted(needed)}
     crop = EvaluationCrop(source.input_size, source.resize if resize else source.input_size)
@@ -211,10 +206,28 @@ def _pairs(files: Sequence[ImageFile], folder: str | Path, kind: str, failures: 
     return by_key
 
 
-def _create(name: str, source: Classifier, given: Mapping[str, Any], options: Mapping[str, Any]) -> Method:
-    """A method with as much of what is given as its class takes."""
-    taken = {key: value for key, value in given.items() if key in signature(method_class(name)).parameters}
-    return create(name, source, **{**taken, **options})
+def check_scoring(mode: str, batch_size: int) -> None:
+    """Raises SdaError for settings that are out of range."""
+    if mode not in MODES:
+        raise SdaError(f"--ensemble {mode!r} is not known; choose one of {', '.join(MODES)}")
+    if batch_size < 1:
+        raise SdaError(f"--batch-size {batch_size} is out of range: give at least 1")
+
+
+def create_methods(
+    names: Sequence[str], source: Classifier, given: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]
+) -> list[Method]:
+    """Methods with as much of what is given as their classes take, and each with its own options.
+
+    Raises SdaError for options of a method that is not among them, or that its class does not take.
+    """
+    if unused := set(options) - set(names):
+        raise SdaError(f"options are given for method {min(unused)}, which is not scored: name it in methods")
+
+    def taken(name: str) -> dict[str, Any]:
+        return {key: value for key, value in given.items() if key in signature(method_class(name)).parameters}
+
+    return [create(name, source, **{**taken(name), **options.get(name, {})}) for name in names]
 
 
 def _groups(files: Sequence[ImageFile]) -> dict[str, list[ImageFile]]:
@@ -235,6 +248,11 @@ def _describe(group: str, root: str | Path) -> tuple[str, int]:
     if names and last.isdigit():
         return "/".join(names), int(last)
     return group or Path(root).resolve().name, 0
+
+
+def conditions(files: Sequence[ImageFile], root: str | Path) -> list[tuple[str, int]]:
+    """Corruption and severity (0: none given) of each group of images below `root`, as rows name them."""
+    return [_describe(group, root) for group in _groups(files)]
 
 
 def _outcomes(

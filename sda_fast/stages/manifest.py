@@ -9,12 +9,13 @@ Whatever changes a result belongs into the settings: hashes of the weights, the 
 What does not, such as the number of workers, must stay out, or it could not be changed on resuming.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -104,16 +105,9 @@ def open_output(
     wanted = _plain(settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != MANIFEST)
     except OSError as error:
         raise SdaError(f"{option} {folder} cannot be used ({error.strerror}): choose another one.") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise SdaError(f"{option} {folder} is not writable: change its permissions or choose another one.")
-    # Looked for after listing: another process may have begun since, and the manifest comes first.
-    resumed = path.exists()
-    if foreign and not resumed:
-        held = f"holds {foreign[0]} but no {MANIFEST}"
-        raise SdaError(f"{option} {folder} {held}: use another {option} or empty the folder.")
+    resumed = _holds_manifest(folder, option)
     if not resumed:
         begun = {"version": _version(), "created": _now()}
         _create(path, {"format": FORMAT, "stage": stage, "settings": wanted, **begun})
@@ -123,6 +117,45 @@ def open_output(
     _require_same(_read(path), stage, wanted, f"{option} {folder}", option)
     _remove_stale(folder)
     return Output(folder, stage, wanted, resumed)
+
+
+def check_output(
+    folder: str | Path, stage: str, settings: Callable[[], Mapping[str, Any] | None], *, option: str = "--output"
+) -> Output:
+    """What `open_output` would open, without making or writing anything.
+
+    settings: called only if there is a manifest to compare with; None where they are not known yet. Raises SdaError as
+    `open_output` does.
+    """
+    folder = Path(folder)
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if above == folder:
+        resumed = _holds_manifest(folder, option)
+    else:
+        resumed = False
+        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            reason = os.strerror(errno.EACCES if above.is_dir() else errno.ENOTDIR)
+            raise SdaError(f"{option} {folder} cannot be used ({reason}): choose another one.")
+    wanted = settings() if resumed else None
+    if wanted is not None:
+        _require_same(_read(folder / MANIFEST), stage, _plain(wanted), f"{option} {folder}", option)
+    return Output(folder, stage, _plain(wanted or {}), resumed)
+
+
+def _holds_manifest(folder: Path, option: str) -> bool:
+    """Whether a stage began in this folder. Raises SdaError if it cannot be written or holds other things."""
+    try:
+        foreign = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != MANIFEST)
+    except OSError as error:
+        raise SdaError(f"{option} {folder} cannot be used ({error.strerror}): choose another one.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SdaError(f"{option} {folder} is not writable: change its permissions or choose another one.")
+    # Looked for after listing: another process may have begun since, and the manifest comes first.
+    resumed = (folder / MANIFEST).exists()
+    if foreign and not resumed:
+        held = f"holds {foreign[0]} but no {MANIFEST}"
+        raise SdaError(f"{option} {folder} {held}: use another {option} or empty the folder.")
+    return resumed
 
 
 def _require_same(manifest: dict[str, Any], stage: str, settings: dict[str, Any], where: str, option: str) -> None:

@@ -1,28 +1,42 @@
 """All of SDA: synthesize, align, finetune; project the target; evaluate. What `sda-fast run` does."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sda_fast.data import find_images, label_indices
+from sda_fast.data import EvaluationCrop, find_images, label_indices, make_reader, read_classes
 from sda_fast.errors import SdaError
-from sda_fast.methods import method_class
+from sda_fast.methods import Method, method_class
 from sda_fast.methods.ensembles import MODES
-from sda_fast.models import load_classifier
-from sda_fast.stages.align import align
+from sda_fast.models import Classifier, load_classifier
+from sda_fast.stages.align import align, check_align
+from sda_fast.stages.batches import check_workers
 from sda_fast.stages.config import RunConfig
-from sda_fast.stages.evaluate import evaluate
+from sda_fast.stages.evaluate import create_methods, evaluate
 from sda_fast.stages.failures import read_failures
 from sda_fast.stages.finetune import MODEL, finetune
+from sda_fast.stages.networks import load_networks, network_files
 from sda_fast.stages.ranks import alone
-from sda_fast.stages.recipes import recipe_for
-from sda_fast.stages.synthesize import SynthesizeSettings, synthesize
+from sda_fast.stages.recipes import Recipe, recipe_for
+from sda_fast.stages.synthesize import SynthesizeSettings, check_synthesize, synthesize
 from sda_fast.weights import weights_path
 
 UNALIGNED = "SDA, not aligned"  # the ablation's row
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One call of a stage. title: what it is announced as; arguments: all that changes what it writes."""
+
+    title: str
+    work: Callable[..., Any]
+    arguments: dict[str, Any]
+
+    @property
+    def output(self) -> Path:
+        return Path(self.arguments["output"])
 
 
 def run(
@@ -33,76 +47,106 @@ def run(
     "failures" holds, by the folder of the stage, what could not be read; everything else is done.
 
     Stages that are finished are skipped and half-finished ones resumed, so the same call goes on after an
-    interruption. Raises SdaError as the stages do.
+    interruption. Raises SdaError as the stages do, as far as possible before the first of them begins.
     """
     alone("run")
-    root = Path(config.output)
-    methods = {name: method_class(name) for name in config.evaluate.methods}
-    kinds = sorted({m.projection for m in methods.values() if m.projection})
-    adapts = any(m.finetuned for m in methods.values())
-    adm, dit = weights_path(config.adm), weights_path(config.dit)
-    classifiers = {name: weights_path(path) for name, path in config.classifiers.items()}
-    _check(config)
+    check(config)
+    stages = stages_of(config)
     seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(stage: str) -> Iterator[None]:
-        log(stage)
+    rows: list[dict[str, Any]] = []
+    for stage in stages:
+        log(stage.title)
         started = time.monotonic()
-        yield
-        seconds[stage] = round(time.monotonic() - started, 1)
+        spread = {"workers": config.workers} if stage.work in (synthesize, align) else {}
+        result = stage.work(**stage.arguments, **spread, device=config.device, quiet=quiet)
+        seconds[stage.title] = round(time.monotonic() - started, 1)
+        if stage.work is evaluate:
+            ablated = stage.title.endswith("not aligned")
+            rows += [{**row, "method": UNALIGNED} for row in result] if ablated else result
+    failures = {str(stage.output): failed for stage in stages if (failed := read_failures(stage.output))}
+    projected = {kind: str(folder) for kind, folder in _projected(config).items()}
+    folders = {"target": config.target, **projected}
+    return {"rows": rows, "seconds": seconds, "folders": folders, "failures": failures, "settings": asdict(config)}
 
-    common: dict[str, Any] = {"device": config.device, "quiet": quiet}
-    spread: dict[str, Any] = {**common, "workers": config.workers}
+
+def stages_of(config: RunConfig) -> list[Stage]:
+    """The stages of a run in their order; what they make lies below `config.output`."""
+    root, stages = Path(config.output), []
+    methods = list(config.evaluate.methods)
+    classifiers = {name: weights_path(path) for name, path in config.classifiers.items()}
+    align_all = {"adm": weights_path(config.adm), "preset": config.adm_preset}
     raw, aligned = root / "synthetic" / "raw", root / "synthetic" / "aligned"
     adapted: dict[tuple[str, str], Path] = {}
-    if adapts:
-        named = {f.name: getattr(config.synthesize, f.name) for f in fields(SynthesizeSettings)}
-        settings = SynthesizeSettings(**named)
-        with timed("synthesize"):
-            loading: dict[str, Any] = {"preset": config.dit_preset, "vae": config.vae, **spread}
-            synthesize(raw, dit, config.synthesize.per_class, settings=settings, **loading)
-        with timed("align"):
-            align(raw, aligned, adm, config.align, preset=config.adm_preset, **spread)
+    if adapts(config):
+        stages.append(Stage("synthesize", synthesize, {"output": raw, **synthesis(config)}))
+        both = {"input": raw, "output": aligned}
+        stages.append(Stage("align", align, {**both, "settings": config.align, **align_all}))
         for data in (aligned, raw) if config.evaluate.ablation else (aligned,):
             for name, path in classifiers.items():
                 folder = root / "finetuned" / data.name / name
                 adapted[data.name, name] = folder / MODEL
-                with timed(f"finetune {name} on {data.name} images"):
-                    finetune(data, folder, path, **asdict(config.finetune), **common)
-
-    projected = {kind: root / "projected" / kind for kind in kinds}
+                tuning = {"input": data, "output": folder, "model": path, **asdict(config.finetune)}
+                stages.append(Stage(f"finetune {name} on {data.name} images", finetune, tuning))
+    projected = _projected(config)
     for kind, folder in projected.items():
-        chosen = config.align if kind == "dda" else config.diffpure
-        with timed(f"project ({kind})"):
-            align(config.target, folder, adm, chosen, preset=config.adm_preset, **spread)
+        both = {"input": Path(config.target), "output": folder}
+        settings = config.align if kind == "dda" else config.diffpure
+        stages.append(Stage(f"project ({kind})", align, {**both, "settings": settings, **align_all}))
 
-    rows: list[dict[str, Any]] = []
-    own = ("mode", "batch_size", "decoder", "resize")
-    scoring: dict[str, Any] = {**{option: getattr(config.evaluate, option) for option in own}, **common}
+    own = ("mode", "batch_size", "decoder", "resize", "seed")
+    scoring = {option: getattr(config.evaluate, option) for option in own}
     for name, path in classifiers.items():
-        with timed(f"evaluate {name}"):
-            model = adapted.get(("aligned", name))
-            folder = root / "evaluation" / name
-            rows += evaluate(config.target, folder, path, model, projected, list(methods), name=name, **scoring)
+        common = {"input": Path(config.target), "model": path, "projections": projected, "name": name, **scoring}
+        whole = {"finetuned": adapted.get(("aligned", name)), "methods": methods, "options": config.evaluate.options}
+        output = root / "evaluation" / name
+        stages.append(Stage(f"evaluate {name}", evaluate, {"output": output, **common, **whole, **_networks(config)}))
         if config.evaluate.ablation and "sda" in methods:
-            with timed(f"evaluate {name}, not aligned"):
-                model = adapted["raw", name]
-                folder = root / "evaluation" / f"{name}-unaligned"
-                extra = evaluate(config.target, folder, path, model, projected, ["sda"], name=name, **scoring)
-            rows += [{**row, "method": UNALIGNED} for row in extra]
-    stages = [
-        *([aligned] if adapts else []),
-        *projected.values(),
-        *(root / "evaluation" / name for name in classifiers),
-    ]
-    failures = {str(folder): failed for folder in stages if (failed := read_failures(folder))}
-    folders = {"target": config.target, **{kind: str(folder) for kind, folder in projected.items()}}
-    return {"rows": rows, "seconds": seconds, "folders": folders, "failures": failures, "settings": asdict(config)}
+            output = root / "evaluation" / f"{name}-unaligned"
+            other = {"output": output, "finetuned": adapted["raw", name], "methods": ["sda"]}
+            stages.append(Stage(f"evaluate {name}, not aligned", evaluate, {**common, **other}))
+    return stages
 
 
-def _check(config: RunConfig) -> None:
-    """What a later stage would refuse, before the hours of the earlier ones."""
+def adapts(config: RunConfig) -> bool:
+    """Whether any method of the run needs a fine-tuned classifier, and with it synthetic images."""
+    return any(method_class(name).finetuned for name in config.evaluate.methods)
+
+
+def synthesis(config: RunConfig) -> dict[str, Any]:
+    """The arguments of the run's synthesis, its folder aside."""
+    chosen = config.synthesize
+    return {
+        "dit": weights_path(config.dit),
+        "per_class": chosen.per_class,
+        "classes": read_classes(chosen.classes) if chosen.classes else None,
+        "only": chosen.only or None,
+        "settings": SynthesizeSettings(**{f.name: getattr(chosen, f.name) for f in fields(SynthesizeSettings)}),
+        "preset": config.dit_preset,
+        "vae": config.vae,
+    }
+
+
+def _projected(config: RunConfig) -> dict[str, Path]:
+    """The folder of each kind of projection that the methods need."""
+    kinds = {kind for name in config.evaluate.methods if (kind := method_class(name).projection)}
+    return {kind: Path(config.output) / "projected" / kind for kind in sorted(kinds)}
+
+
+def _networks(config: RunConfig) -> dict[str, Any]:
+    """The diffusion models that the methods need, as `evaluate` takes them."""
+    kinds = {kind for name in config.evaluate.methods for kind in method_class(name).needs}
+    if "dit" in kinds and config.vae is not None:
+        kinds.add("vae")
+    presets = {"adm": config.adm_preset, "dit": config.dit_preset}
+    return {
+        "networks": {kind: getattr(config, kind) for kind in sorted(kinds)},
+        "presets": {kind: name for kind, name in presets.items() if kind in kinds and name is not None},
+    }
+
+
+def check(config: RunConfig) -> None:
+    """What a stage would refuse, before the hours of those before it. Raises SdaError as they do; writes nothing."""
+    methods = [method_class(name) for name in config.evaluate.methods]
     if not config.classifiers:
         raise SdaError("classifiers is empty: name at least one")
     for kind, settings in (("dda", config.align), ("diffpure", config.diffpure)):
@@ -113,8 +157,39 @@ def _check(config: RunConfig) -> None:
         raise SdaError(f"[evaluate] mode = {config.evaluate.mode!r} is not known; choose one of {', '.join(MODES)}")
     if config.evaluate.batch_size < 1:
         raise SdaError(f"[evaluate] batch_size = {config.evaluate.batch_size} is out of range: give at least 1")
-    recipe = {key: value for key, value in asdict(config.finetune).items() if key not in ("recipe", "seed")}
-    recipe_for(config.finetune.recipe, "", **recipe)
+    check_workers(config.workers)
     files, _ = find_images(config.target, option="target")
-    for path in config.classifiers.values():
-        label_indices(files, load_classifier(weights_path(path)).classes)
+    made: list[str] = []
+    if adapts(config):
+        _, names = check_synthesize(**synthesis(config), device=config.device)
+        made += config.synthesize.only or names
+    adm = weights_path(config.adm)
+    for kind, settings in (("dda", config.align), ("diffpure", config.diffpure)):
+        if any(method.projection == kind or (kind == "dda" and method.finetuned) for method in methods):
+            check_align(adm, settings, config.adm_preset, config.device)
+    for name, path in config.classifiers.items():
+        classifier = load_classifier(weights_path(path))
+        recipe_of(config, classifier)
+        label_indices(files, classifier.classes)
+        if foreign := [label for label in made if label not in classifier.classes]:
+            raise SdaError(
+                f"class {foreign[0]!r} of DiT {config.dit} is none of {name}'s: give models of the same classes"
+            )
+        make_reader(config.evaluate.decoder, EvaluationCrop(classifier.input_size, classifier.resize))
+        methods_of(config, classifier)
+
+
+def recipe_of(config: RunConfig, classifier: Classifier) -> Recipe:
+    """How the run fine-tunes a classifier. Raises SdaError for settings that no recipe has."""
+    settings = asdict(config.finetune)
+    del settings["seed"]
+    return recipe_for(settings.pop("recipe"), classifier.config["architecture"], **settings)
+
+
+def methods_of(config: RunConfig, classifier: Classifier) -> list[Method]:
+    """The run's methods around a classifier, all on the meta device: without weights, to be checked and counted."""
+    model, needed = classifier.to("meta"), _networks(config)
+    files = network_files(needed["networks"], needed["presets"])
+    given = {**load_networks(files, needed["presets"], "meta"), "mode": config.evaluate.mode, "finetuned": model}
+    given["seed"] = config.evaluate.seed
+    return create_methods(config.evaluate.methods, model, given, config.evaluate.options)

@@ -54,30 +54,12 @@ def synthesize(
     Raises SdaError for wrong weights, classes and settings.
     """
     settings = settings or SynthesizeSettings()
-    if per_class < 1:
-        raise SdaError(f"--per-class {per_class} is out of range: give at least 1")
-    model = load_dit(dit, preset)
-    names = _class_names(model, classes, dit)
-    unknown = [name for name in only or () if name not in names]
-    if unknown:
-        raise SdaError(f"class {unknown[0]!r} is none of the model's {len(names)} ({', '.join(names[:3])}, ...)")
-    if (model.in_channels != 3) != (vae is not None):
-        latents, way_out = (
-            ("latents", "give --vae, the autoencoder that decodes them")
-            if vae is None
-            else ("pixels", "leave --vae out")
-        )
-        raise SdaError(f"DiT {dit} works on {latents} ({model.in_channels} channels): {way_out}")
-    network = make_sampler(model, settings).network  # wrong settings must fail before the folder is made
-    network.engine.check(network.step, torch.device(device))
-    weights = {"dit": file_sha256(dit)}
-    if vae is not None:
-        vae = vae_file(vae)
-        load_vae(vae)
-        weights["vae"] = file_sha256(vae)
-    out = open_output(output, "synthesize", {**asdict(settings), "classes": names, "weights": weights})
+    # Wrong settings must fail before the folder is made.
+    _, names = check_synthesize(dit, per_class, classes, only, settings, preset, vae, device)
+    vae = None if vae is None else vae_file(vae)
+    out = open_output(output, "synthesize", synthesize_record(dit, vae, settings, names))
 
-    keys = [f"{name}/{index:05d}" for name in dict.fromkeys(only or names) for index in range(per_class)]
+    keys = synthetic_keys(only or names, per_class)
     todo = plan([[key] for key in keys], out.done, settings.batch_size)
     run_batches(
         todo,
@@ -92,6 +74,56 @@ def synthesize(
         out.finish({"per_class": per_class, "images": len(keys)})
     wait_for_all()
     return {"images": len(keys), "synthesized": sum(len(b) for b in todo), "output": str(output)}
+
+
+def check_synthesize(
+    dit: str | Path,
+    per_class: int,
+    classes: Sequence[str] | None,
+    only: Sequence[str] | None,
+    settings: SynthesizeSettings,
+    preset: str | None,
+    vae: str | Path | None,
+    device: str,
+) -> tuple[DiT, list[str]]:
+    """The DiT on the meta device and the names of its classes. Raises SdaError for what `synthesize` would refuse.
+
+    Only keys and shapes of the weights are looked at, so it costs neither time nor memory.
+    """
+    if per_class < 1:
+        raise SdaError(f"--per-class {per_class} is out of range: give at least 1")
+    model = load_dit(dit, preset).to("meta")
+    names = _class_names(model, classes, dit)
+    unknown = [name for name in only or () if name not in names]
+    if unknown:
+        raise SdaError(f"class {unknown[0]!r} is none of the model's {len(names)} ({', '.join(names[:3])}, ...)")
+    if (model.in_channels != 3) != (vae is not None):
+        latents, way_out = (
+            ("latents", "give --vae, the autoencoder that decodes them")
+            if vae is None
+            else ("pixels", "leave --vae out")
+        )
+        raise SdaError(f"DiT {dit} works on {latents} ({model.in_channels} channels): {way_out}")
+    network = make_sampler(model, settings).network
+    network.engine.check(network.step, torch.device(device))
+    if vae is not None:
+        load_vae(vae)
+    return model, names
+
+
+def synthetic_keys(classes: Sequence[str], per_class: int) -> list[str]:
+    """What the images are called, `<class>/<index>`."""
+    return [f"{name}/{index:05d}" for name in dict.fromkeys(classes) for index in range(per_class)]
+
+
+def synthesize_record(
+    dit: str | Path, vae: Path | None, settings: SynthesizeSettings, names: Sequence[str]
+) -> dict[str, Any]:
+    """What the manifest says of synthetic images; weights are read for it."""
+    weights = {"dit": file_sha256(dit)}
+    if vae is not None:
+        weights["vae"] = file_sha256(vae)
+    return {**asdict(settings), "classes": list(names), "weights": weights}
 
 
 def make_sampler(dit: DiT, settings: SynthesizeSettings) -> Sampler:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
-from sda_fast import ops
+from sda_fast import cli, ops
+from sda_fast.stages.config import read_config
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,6 +64,39 @@ def test_command_line_tour(tmp_path):
         assert words[0] == "sda-fast", line
         done = subprocess.run([script, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+COMMAND = re.compile(r"(?:^|`)(?:torchrun .* -- sda_fast|sda-fast) ([a-z][a-z-]*)([^`\n]*)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_options_of_the_commands_shown_exist(path):
+    for module in pkgutil.iter_modules(cli.__path__):  # each registers its commands
+        importlib.import_module(f"sda_fast.cli.{module.name}")
+    app = typer.main.get_command(cli.app.app)
+    for name, arguments in COMMAND.findall(path.read_text(encoding="utf-8").replace("\\\n", " ")):
+        assert name in app.commands, f"sda-fast {name}"
+        options = {option for p in app.commands[name].params for option in (*p.opts, *p.secondary_opts, "--help")}
+        unknown = set(re.findall(r" (--?[a-z][a-z-]*)", arguments)) - options
+        assert not unknown, f"sda-fast {name} has no {', '.join(unknown)}"
+
+
+def test_the_file_of_a_whole_run_of_imagenet_is_one(tmp_path):
+    (block,) = blocks(ROOT / "docs" / "reproduce.md", "toml")
+    (tmp_path / "run.toml").write_text(block)
+    config = read_config(tmp_path / "run.toml")
+    assert len(config.classifiers) == 5
+    assert (config.align.start, config.synthesize.per_class, config.diffpure.projection) == (None, 50, "diffpure")
+
+
+def test_every_environment_variable_is_documented():
+    page = (ROOT / "docs" / "environment.md").read_text()
+    ways = (r'environ(?:\.get\(|\[)"(\w+)"', r'"(\w+)" in os\.environ', r'^VARIABLE = "(\w+)"')
+    sources = [*ROOT.glob("sda_fast/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    text = "\n".join(source.read_text() for source in sources)
+    names = {name for way in ways for name in re.findall(way, text, re.MULTILINE)}
+    assert {"SDA_FAST_BACKEND", "SDA_FAST_CACHE", "LOCAL_RANK"} <= names
+    assert not {name for name in names if f"`{name}`" not in page}
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)

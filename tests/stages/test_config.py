@@ -34,6 +34,8 @@ clip = true
 batch_size = 7
 seed = 1
 per_class = 9
+classes = "imagenet"
+only = ["n01440764"]
 
 [align]
 respacing = "50"
@@ -59,6 +61,10 @@ methods = ["source", "sda"]
 mode = "confidence"
 batch_size = 16
 ablation = true
+seed = 2
+
+[evaluate.options.memo]
+views = 16
 """
 
 
@@ -95,6 +101,7 @@ def test_everything_can_be_set(read):
     )
     assert config.classifiers == {"a": "a.safetensors", "b c": "b.safetensors"}
     assert (config.synthesize.cfg_scale, config.synthesize.clip, config.synthesize.per_class) == (4.0, True, 9)
+    assert (config.synthesize.classes, config.synthesize.only) == ("imagenet", ("n01440764",))
     assert isinstance(config.synthesize.cfg_scale, float)
     assert config.align == AlignSettings(
         respacing="50", start=25, factor=8, scale=3.0, norm="batch", norm_group=4, batch_size=8
@@ -103,6 +110,7 @@ def test_everything_can_be_set(read):
     assert config.finetune == FinetuneConfig("photos", 0.2, 16, 10, 5)
     assert config.evaluate.methods == ("source", "sda")
     assert (config.evaluate.mode, config.evaluate.batch_size, config.evaluate.ablation) == ("confidence", 16, True)
+    assert (config.evaluate.seed, config.evaluate.options) == (2, {"memo": {"views": 16}})
 
 
 @pytest.mark.parametrize(
@@ -135,6 +143,7 @@ def test_everything_can_be_set(read):
             SHORTEST.replace('"photos:resnet"', "1"),
             "classifiers = {'resnet': 1} is of another type; give a table of texts",
         ),
+        (SHORTEST + "[evaluate.options]\nviews = 2", "{'views': 2} is of another type; give a table of tables"),
         ("output = out", "run.toml is not TOML (Invalid value"),
         ("<xml/>", "run.toml is not TOML ("),
     ],

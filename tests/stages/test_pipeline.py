@@ -129,7 +129,9 @@ def check_report(out, result, config):
     assert written["rows"] == result["rows"]
     assert written["settings"]["align"]["start"] == 5
     assert set(written["seconds"]) >= {"synthesize", "project (dda)", "evaluate resnet"}
-    assert "not aligned" in (out / "results.md").read_text()
+    table = (out / "results.md").read_text()
+    assert table.startswith("Accuracy in percent, mean over 2 corruptions, severity 3\n")
+    assert "not aligned" in table
     assert "sda-fast run" in (out / "report.html").read_text()
 
 
@@ -161,6 +163,27 @@ def test_methods_that_need_no_adaptation_synthesize_nothing(tmp_path, config, ru
     assert [path.name for path in (tmp_path / "out" / "projected").iterdir()] == ["dda"]
 
 
+def test_methods_that_need_diffusion_models_get_the_runs(tmp_path, config, run):
+    options = "options = {gda = {views = 2, start = 1}, diffusion_tta = {updates = 1, pairs = 2}}"
+    config = config.replace("ablation = true", f'methods = ["gda", "diffusion_tta"]\n{options}')
+    said = run(config, "--json")
+    assert said.code == 0, said.err
+    assert list(dict.fromkeys(row["method"] for row in json.loads(said.out)["rows"])) == ["GDA", "Diffusion-TTA"]
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["evaluation"]
+    settings = json.loads((tmp_path / "out" / "evaluation" / "resnet" / "manifest.json").read_text())["settings"]
+    assert set(settings["networks"]) == {"adm", "dit"}
+    assert settings["options"]["gda"] == {"views": 2, "start": 1}
+
+
+def test_classes_of_the_dit_that_a_classifier_does_not_know(tmp_path, config, run, tiny):
+    foreign = tiny.save("dit", "foreign", names=("ant", "bee", "dog"))
+    said = run(config.replace(str(tiny.dit), str(foreign)))
+    assert said.code == 2
+    assert "class 'dog' of DiT " in said.err
+    assert "is none of resnet's: give models of the same classes" in said.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -176,16 +199,22 @@ def test_methods_that_need_no_adaptation_synthesize_nothing(tmp_path, config, ru
         ("resnet = ", 'third = "none.safetensors"\nresnet = ', "checkpoint none.safetensors does not exist"),
         ("target = ", 'target = "nowhere" #', "target nowhere does not exist"),
         ("start = 5", "start = 50", "start=50 is out of range"),
+        ("[synthesize]", '[synthesize]\nonly = ["dog"]', "class 'dog' is none of the model's 3"),
+        ("[synthesize]", '[synthesize]\nclasses = "none.txt"', "class list none.txt cannot be read"),
+        ("ablation = true", "seed = 1\n[evaluate.options.memo]", "options are given for method memo, which is"),
+        ("ablation = true", 'methods = ["memo"]\noptions = {memo = {view = 2}}', "method memo: got an unexpected"),
+        ("ablation = true", 'methods = ["gda"]\noptions = {gda = {start = 99}}', "start=99 is out of range"),
         ("start = 5", "strat = 5", "[align]: unknown key 'strat'; did you mean start?"),
     ],
 )
 def test_what_would_fail_later_fails_at_once(tmp_path, config, run, old, new, message):
     said = run(config.replace(old, new, 1))
+    assert run(config.replace(old, new, 1), "--dry-run").err == said.err
     assert said.code == 2
     assert message in said.err.splitlines()[-1]
     assert said.out == ""
     assert "Traceback" not in said.err
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_target_classes_the_models_do_not_know(config, run, tmp_path, write_images):
