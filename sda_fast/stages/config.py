@@ -73,6 +73,11 @@ class RunConfig:
 
 def read_config(path: str | Path) -> RunConfig:
     """The settings in a TOML file. Raises SdaError if it is missing, no TOML, or holds a key or value that is wrong."""
+    return build(RunConfig, read_values(path), str(path))
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """What stands in a TOML file, unchecked. Raises SdaError if it is missing or no TOML."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -81,7 +86,7 @@ def read_config(path: str | Path) -> RunConfig:
         raise SdaError(f"{path} is not TOML ({error}): mend it there") from error
     if "diffpure" in values and isinstance(values["diffpure"], dict):
         values["diffpure"].setdefault("projection", "diffpure")
-    return build(RunConfig, values, str(path))
+    return values
 
 
 def build(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
@@ -116,8 +121,11 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     for option in options:
         origin = get_origin(option) or option
-        if origin is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
+        if origin is tuple and isinstance(value, list):
+            element = get_args(option)[0]
+            accepted = (float, int) if element is float else (element,)
+            if all(type(item) in accepted for item in value):
+                return tuple(map(element, value))
         if option is float and type(value) in (int, float):
             return float(value)
         if origin is dict and isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
@@ -139,4 +147,6 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
 def _name(kind: Any) -> str:
     """What a TOML file calls the type."""
     known = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table of texts"}
-    return known.get(get_origin(kind) or kind, "a list of texts")
+    lists = {str: "a list of texts", int: "a list of whole numbers", float: "a list of numbers"}
+    lists[bool] = "a list of true and false"
+    return lists[get_args(kind)[0]] if get_origin(kind) is tuple else known[get_origin(kind) or kind]
