@@ -63,12 +63,10 @@ def photos_study(output: str | Path, synthetic: int) -> StudyConfig:
 
 
 def chosen_methods(settings: CompareSettings) -> list[str]:
-    """The methods to compare, each once. Raises SdaError for unknown ones and for options of others."""
+    """The methods to compare, each once. Raises SdaError for unknown ones, in the options too."""
     methods = list(dict.fromkeys(settings.methods or METHODS))
-    for name in methods:
+    for name in (*methods, *parse_options(settings.options)):
         method_class(name)
-    if idle := set(parse_options(settings.options)) - set(methods):
-        raise SdaError(f"options are given for method {min(idle)}, which is not compared: name it in methods")
     return methods
 
 
@@ -89,5 +87,5 @@ def chosen_streams(settings: CompareSettings) -> list[Stream]:
         if not (corruptions and reset == "corruption")
     ]
     if not streams:
-        raise SdaError("[compare] leaves no stream: corruptions that are mixed cannot be reset per corruption")
+        raise SdaError("[compare] leaves no stream: name one of each; mixed corruptions cannot be reset per corruption")
     return streams
