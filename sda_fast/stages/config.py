@@ -14,6 +14,8 @@ from sda_fast.errors import SdaError
 from sda_fast.stages.align import AlignSettings
 from sda_fast.stages.synthesize import SynthesizeSettings
 
+STUDIES = ("compare", "ablate")
+
 
 @dataclass(frozen=True)
 class SynthesizeConfig(SynthesizeSettings):
@@ -72,8 +74,12 @@ class RunConfig:
 
 
 def read_config(path: str | Path) -> RunConfig:
-    """The settings in a TOML file. Raises SdaError if it is missing, no TOML, or holds a key or value that is wrong."""
-    return build(RunConfig, read_values(path), str(path))
+    """The settings in a TOML file. Raises SdaError if it is missing, no TOML, or holds a key or value that is wrong.
+
+    The tables of studies may stand in the same file (`sda_fast.studies.config`); a run passes over them.
+    """
+    values = {name: value for name, value in read_values(path).items() if name not in STUDIES}
+    return build(RunConfig, values, str(path))
 
 
 def read_values(path: str | Path) -> dict[str, Any]:

@@ -95,6 +95,16 @@ def check_same_as_evaluate(out, target, text, cells):
             assert cells[(*cell, stream if row["method"] == "Tent" else "any")].items() >= row.items()
 
 
+def test_a_method_that_an_option_makes_learn_is_shown_streams(study, call):
+    text = study.replace("[compare]", "[compare]\nbatch_sizes = [4]\nmixed_corruptions = [true]")
+    leak = ["--option", "memo.views=2", "--option", "memo.leak_optimizer_state=true"]
+    rows = call("compare", text, "--method", "memo", *leak)
+    assert {(row["mixed_classes"], row["reset"]) for row in rows} == {
+        (mixed, reset) for mixed in (True, False) for reset in ("continual", "batch")
+    }
+    assert len(rows) == 4 * len(MODELS) * len(CELLS)
+
+
 def test_killed_it_goes_on_to_the_same_rows(tmp_path, study, call, monkeypatch):
     text = study.replace("[compare]", '[compare]\nmethods = ["source", "tent", "memo"]\nbatch_sizes = [4]')
     whole = outcomes(call("compare", text, "--output", tmp_path / "whole"))
