@@ -1,8 +1,9 @@
 """The commands. Heavy imports wait until a command runs, so that --help answers at once."""
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -189,7 +190,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score methods on labelled images and their projections; prints a table with 95 % intervals."""
-    from sda_fast.methods.options import parse_options
     from sda_fast.report import accuracy_table, to_text
     from sda_fast.stages.evaluate import evaluate as stage
     from sda_fast.weights import weights_path
@@ -204,7 +204,7 @@ def evaluate(
         method or None,
         networks=_by_kind("network", network or []),
         presets=_by_kind("preset", preset or []),
-        options=parse_options(option or []),
+        options=_options(option or []),
         mode=ensemble,
         seed=seed,
         batch_size=batch_size,
@@ -223,6 +223,22 @@ def _by_kind(option: str, items: list[str]) -> dict[str, str]:
         if not values[kind]:
             raise SdaError(f"--{option} {item} is not of the form KIND=VALUE, KIND being adm, dit or vae")
     return values
+
+
+def _options(items: list[str]) -> dict[str, dict[str, Any]]:
+    """By method and name, each value as JSON where it is that, else as text."""
+    options: dict[str, dict[str, Any]] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        method, dot, name = key.partition(".")
+        if not (equals and dot and method and name):
+            raise SdaError(f"--option {item} is not of the form METHOD.NAME=VALUE, such as memo.views=16")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        options.setdefault(method, {})[name] = value
+    return options
 
 
 def _kind_and_folder(item: str) -> tuple[str, Path]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sda_fast.cli.app import Json, app, say
-from sda_fast.cli.commands import _announce, _check_device, _listing
+from sda_fast.cli.commands import _announce, _check_device, _listing, _options
 from sda_fast.errors import SdaError
 
 if TYPE_CHECKING:
@@ -47,10 +47,12 @@ def compare(
     from sda_fast.studies.compare import compare as study
 
     settings = _settings("compare", config, preset, output, per_class, corruption, synthetic, workers, device)
-    chosen: dict[str, Any] = {"methods": tuple(method or ()), "options": tuple(option or ())}
-    chosen = {name: values for name, values in chosen.items() if values}
+    options = dict(settings.compare.options)
+    for name, values in _options(option or []).items():
+        options[name] = {**options.get(name, {}), **values}
+    chosen = replace(settings.compare, methods=tuple(method or settings.compare.methods), options=options)
     models = {**settings.finetuned, **dict(map(_named_file, finetuned or []))}
-    settings = replace(settings, finetuned=models, compare=replace(settings.compare, **chosen))
+    settings = replace(settings, finetuned=models, compare=chosen)
     _say(study(settings, log=_announce), settings, as_json)
 
 

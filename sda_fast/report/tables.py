@@ -113,11 +113,11 @@ def _accuracy_table(results: ModelResults, layout: Layout, intervals: Intervals)
     for column in results.columns:
         found = [results.cells.get((method, column)) for method in results.methods]
         estimates = [None if row is None else (row["accuracy"], row["low"], row["high"]) for row in found]
-        columns.append((results.label(column), accuracy_cells(estimates, intervals)))
+        columns.append((results.label(column), _accuracy_cells(estimates, intervals)))
     if len(results.corrupted) > 1:
         means = [results.mean(method) for method in results.methods]
         estimates = [None if mean is None else (mean.mean, mean.low, mean.high) for mean in means]
-        columns.append(("mean", accuracy_cells(estimates, intervals)))
+        columns.append(("mean", _accuracy_cells(estimates, intervals)))
 
     header: tuple[str, ...]
     summary_rows = 0
@@ -134,7 +134,7 @@ def _accuracy_table(results: ModelResults, layout: Layout, intervals: Intervals)
     return Table(_caption(results), header, body, records, summary_rows=summary_rows, note=note)
 
 
-def accuracy_cells(estimates: Sequence[Estimate | None], intervals: Intervals) -> list[Cell]:
+def _accuracy_cells(estimates: Sequence[Estimate | None], intervals: Intervals) -> list[Cell]:
     """Cells of one column; the best is marked only where there is something to be better than."""
     present = [estimate[0] for estimate in estimates if estimate is not None]
     best = max(present) if len(present) > 1 else None

@@ -134,8 +134,10 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
                 return tuple(map(element, value))
         if option is float and type(value) in (int, float):
             return float(value)
-        if origin is dict and isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
-            return value
+        if origin is dict and isinstance(value, dict):
+            inner = get_args(option)[1]
+            if all(isinstance(item, get_origin(inner) or inner) for item in value.values()):
+                return value
         if origin in (str, int, bool) and type(value) is origin:
             return value
         if get_args(option) and value in get_args(option):  # a Literal
@@ -152,7 +154,8 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
 
 def _name(kind: Any) -> str:
     """What a TOML file calls the type."""
-    known = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table of texts"}
-    lists = {str: "a list of texts", int: "a list of whole numbers", float: "a list of numbers"}
-    lists[bool] = "a list of true and false"
-    return lists[get_args(kind)[0]] if get_origin(kind) is tuple else known[get_origin(kind) or kind]
+    known = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    if get_origin(kind) is dict:
+        return "a table of texts" if get_args(kind)[1] is str else "a table of tables"
+    lists = {str: "texts", int: "whole numbers", float: "numbers", bool: "true and false"}
+    return f"a list of {lists[get_args(kind)[0]]}" if get_origin(kind) is tuple else known[kind]

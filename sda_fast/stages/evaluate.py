@@ -104,7 +104,7 @@ def evaluate(
         raise SdaError(f"options are given for method {min(unused)}, which is not scored: name it in methods")
     given: dict[str, Any] = {**load_networks(network, presets, device), "mode": mode, "seed": seed}
     given["finetuned"] = adapted and adapted.to(device)
-    created = [create_method(m, source.to(device), given, options.get(m, {})) for m in chosen]
+    created = [_create(m, source.to(device), given, options.get(m, {})) for m in chosen]
     needed = {p for m in chosen if (p := method_class(m).projection)}
     pairs = {kind: _pairs(files, folders[kind], kind, failures) for kind in sorted(needed)}
     crop = EvaluationCrop(source.input_size, source.resize if resize else source.input_size)
@@ -130,7 +130,7 @@ def evaluate(
     name = name or Path(model).stem
     rows: list[dict[str, Any]] = []
     with progress(len(files), f"evaluating {name}", quiet) as reporter:
-        for group, members in corruption_groups(files).items():
+        for group, members in _groups(files).items():
             kept = out.folder / "rows" / f"{group or 'all'}.json"
             names = [member.name for member in members]
             if (earlier := _kept(kept, names)) is not None:
@@ -144,7 +144,7 @@ def evaluate(
                 created, usable, labels, pairs, reader, batch_size, device, reporter.advance
             )
             failures.update(unreadable)
-            corruption, severity = describe_group(group, input)
+            corruption, severity = _describe(group, input)
             group_rows = [
                 make_row(method.title, name, corruption, severity, correct)
                 for method, correct in zip(created, outcomes, strict=True)
@@ -211,14 +211,14 @@ def _pairs(files: Sequence[ImageFile], folder: str | Path, kind: str, failures: 
     return by_key
 
 
-def create_method(name: str, source: Classifier, given: Mapping[str, Any], options: Mapping[str, Any]) -> Method:
+def _create(name: str, source: Classifier, given: Mapping[str, Any], options: Mapping[str, Any]) -> Method:
     """A method with as much of what is given as its class takes."""
     taken = {key: value for key, value in given.items() if key in signature(method_class(name)).parameters}
     return create(name, source, **{**taken, **options})
 
 
-def corruption_groups(files: Sequence[ImageFile]) -> dict[str, list[ImageFile]]:
-    """Images by the path above their class folder, "" for a plain folder of classes."""
+def _groups(files: Sequence[ImageFile]) -> dict[str, list[ImageFile]]:
+    """The images by the path above their class folder, "" for a plain folder of classes."""
     groups: dict[str, list[ImageFile]] = defaultdict(list)
     for file in files:
         groups[_group(file.name)].append(file)
@@ -229,7 +229,7 @@ def _group(name: str) -> str:
     return "/".join(name.split("/")[:-2])
 
 
-def describe_group(group: str, root: str | Path) -> tuple[str, int]:
+def _describe(group: str, root: str | Path) -> tuple[str, int]:
     """Corruption and severity (0: none given) of a group."""
     *names, last = group.split("/")
     if names and last.isdigit():

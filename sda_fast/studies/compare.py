@@ -8,13 +8,14 @@ from typing import Any
 
 from sda_fast.errors import SdaError
 from sda_fast.methods import method_class
-from sda_fast.methods.options import parse_options
+from sda_fast.methods.ensembles import MODES
 from sda_fast.stages.ranks import alone
 from sda_fast.statistics import Row
 from sda_fast.studies.config import StudyConfig, chosen_methods, chosen_streams
 from sda_fast.studies.contenders import Contender, examined
 from sda_fast.studies.prepare import Log, finetuned_models, project, seconds_per_stage, synthetic_images
 from sda_fast.studies.scoring import corrupted_groups, score
+from sda_fast.studies.streams import ANY
 from sda_fast.weights import weights_path
 
 
@@ -43,11 +44,10 @@ def compare(config: StudyConfig, *, quiet: bool | None = None, log: Log = lambda
     alone("compare")
     methods, streams = chosen_methods(config.compare), chosen_streams(config.compare)
     check(config)
-    options = parse_options(config.compare.options)
     contenders = examined(
         config,
         [
-            Contender(method_class(name).title, name, name, model, options.get(name, {}))
+            Contender(method_class(name).title, name, name, model, config.compare.options.get(name, {}))
             for model in config.classifiers
             for name in methods
         ],
@@ -81,6 +81,8 @@ def check(config: StudyConfig) -> None:
         if settings.projection != kind:
             table = "align" if kind == "dda" else "diffpure"
             raise SdaError(f"[{table}] projection = {settings.projection!r} must be {kind!r}: remove that line")
+    if config.evaluate.mode not in MODES:
+        raise SdaError(f"[evaluate] mode = {config.evaluate.mode!r} is not known; choose one of {', '.join(MODES)}")
     if config.evaluate.batch_size < 1:
         raise SdaError(f"[evaluate] batch_size = {config.evaluate.batch_size} is out of range: give at least 1")
     corrupted_groups(config)
@@ -106,5 +108,8 @@ def _pretraining(config: StudyConfig) -> dict[str, float]:
 
 
 def of_usual_stream(rows: Sequence[Row], usual: str) -> list[Row]:
-    """One row for each method, model and corruption: those that hold for any stream, and those of the usual one."""
-    return [row for row in rows if row["stream"] in ("any", usual)]
+    """One row for each method, model and corruption: those that hold for any stream, and those of the usual one.
+
+    None says its stream any more: tables take them for one.
+    """
+    return [{**row, "stream": ANY} for row in rows if row["stream"] in (ANY, usual)]

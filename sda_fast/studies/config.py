@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from sda_fast.errors import SdaError
 from sda_fast.methods import METHODS, method_class
-from sda_fast.methods.options import parse_options
 from sda_fast.photos.demo import demo_config
 from sda_fast.stages.config import RunConfig, build, read_values
 from sda_fast.studies.streams import RESETS, Stream
@@ -13,14 +13,14 @@ from sda_fast.studies.streams import RESETS, Stream
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """methods: in the order of the tables, by default all there are; options: of them, METHOD.NAME=VALUE.
+    """methods: in the order of the tables, by default all there are; options: by method, what its class takes.
 
     The rest says which streams a method that learns from its stream is shown: all combinations, see `Stream`. seed: of
     their order, and of what is random in a method.
     """
 
     methods: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     mixed_classes: tuple[bool, ...] = (True, False)
     mixed_corruptions: tuple[bool, ...] = (False, True)
     batch_sizes: tuple[int, ...] = (64, 1)
@@ -65,7 +65,7 @@ def photos_study(output: str | Path, synthetic: int) -> StudyConfig:
 def chosen_methods(settings: CompareSettings) -> list[str]:
     """The methods to compare, each once. Raises SdaError for unknown ones, in the options too."""
     methods = list(dict.fromkeys(settings.methods or METHODS))
-    for name in (*methods, *parse_options(settings.options)):
+    for name in (*methods, *settings.options):
         method_class(name)
     return methods
 

@@ -3,16 +3,16 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sda_fast.errors import SdaError
-from sda_fast.methods import method_class
+from sda_fast.methods import create, method_class
 from sda_fast.methods.base import Method
 from sda_fast.models import Classifier, load_classifier
-from sda_fast.stages.evaluate import create_method
 from sda_fast.stages.manifest import file_sha256, made_with
 from sda_fast.stages.networks import load_networks, network_files
 from sda_fast.studies.config import StudyConfig
@@ -55,7 +55,8 @@ class Loader:
             given["finetuned"] = self.classifier(contender.finetuned) if contender.finetuned else source
             if given["finetuned"].classes != source.classes:
                 raise SdaError(f"{contender.finetuned} has other classes than {contender.model}: fine-tune that one")
-        return create_method(contender.method, source, given, contender.options)
+        taken = {name: value for name, value in given.items() if name in signature(kind).parameters}
+        return create(contender.method, source, **{**taken, **contender.options})
 
     def source(self, contender: Contender) -> Classifier:
         """The classifier as it came."""

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,8 @@ def finetuned_models(config: StudyConfig, data: Path, name: str, log: Log, quiet
         else:
             log(stage)
         with _timed(config, stage, 1) as made:
-            recipe, seed = config.finetune.recipe, config.finetune.seed
-            done = finetune(data, folder, weights_path(weights), recipe, seed=seed, device=config.device, quiet=quiet)
+            common: dict[str, Any] = {**asdict(config.finetune), "device": config.device, "quiet": quiet}
+            done = finetune(data, folder, weights_path(weights), **common)
             if not begun:  # of a fine-tuning that goes on, the seconds would be a part of all
                 made.append(done["images"])
     return models

@@ -3,11 +3,8 @@
 from pathlib import Path
 
 from sda_fast.files import write_json
-from sda_fast.report.html import write_report
-from sda_fast.report.pictures import accuracy_bars
+from sda_fast.report import accuracy_bars, accuracy_table, comparison_table, to_text, write_report, write_tables
 from sda_fast.report.run import environment
-from sda_fast.report.tables import accuracy_table, comparison_table
-from sda_fast.report.writers import to_text, write_tables
 from sda_fast.studies.compare import Result, of_usual_stream
 from sda_fast.studies.config import StudyConfig
 from sda_fast.studies.tables import ablation_tables, comparison_tables, pairs, stream_tests

@@ -27,7 +27,7 @@ from sda_fast.files import write_json
 from sda_fast.methods.base import Method
 from sda_fast.models import Classifier
 from sda_fast.stages.batches import Work, run_batches
-from sda_fast.stages.evaluate import corruption_groups, describe_group
+from sda_fast.stages.evaluate import _describe, _groups
 from sda_fast.stages.manifest import open_output
 from sda_fast.statistics import Row, make_row
 from sda_fast.studies.config import StudyConfig
@@ -89,8 +89,8 @@ def corrupted_groups(config: StudyConfig) -> dict[str, list[ImageFile]]:
 
     Raises SdaError for a folder that is not in order.
     """
-    groups = corruption_groups(list_images(config.target, "target"))
-    corrupted = {name: files for name, files in groups.items() if describe_group(name, config.target)[1]}
+    groups = _groups(list_images(config.target, "target"))
+    corrupted = {name: files for name, files in groups.items() if _describe(name, config.target)[1]}
     return corrupted or groups
 
 
@@ -142,7 +142,7 @@ def _rows(job: Job, groups: Groups, root: str) -> list[Row]:
     stream = NO_STREAM if job.stream is None else job.stream.columns()
     rows = []
     for group in job.groups:
-        corruption, severity = describe_group(group, root)
+        corruption, severity = _describe(group, root)
         right = [kept["right"][file.key] for file in groups[group]]
         row = make_row(job.contender.label, job.contender.model, corruption, severity, right)
         rows.append({**row, **stream, "seconds_per_image": kept["seconds"] / kept["timed"]})

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from sda_fast.report.tables import MISSING, Cell, Estimate, Table, accuracy_cells, comparison_table
+from sda_fast.report.tables import MISSING, Cell, Estimate, Table, _accuracy_cells, comparison_table
 from sda_fast.statistics import Row, mean_interval
 from sda_fast.studies.ablate import UNALIGNED, cfg_per_class, numbers, of_number, of_scale, scales
 from sda_fast.studies.compare import Result, of_usual_stream
@@ -26,9 +26,9 @@ def mean_table(
         means = [mean_interval(rows) if rows else None for rows in cells]
         estimates.append([m and (m.mean, m.low, m.high) for m in means])
     if best == "across":
-        printed = [accuracy_cells(line, "half") for line in estimates]
+        printed = [_accuracy_cells(line, "half") for line in estimates]
     else:
-        down = [accuracy_cells(column, "half") for column in zip(*estimates, strict=True)]
+        down = [_accuracy_cells(column, "half") for column in zip(*estimates, strict=True)]
         printed = [list(line) for line in zip(*down, strict=True)]
     body = [(*map(Cell, texts), *figures) for (texts, _), figures in zip(lines, printed, strict=True)]
     records = []
@@ -44,10 +44,11 @@ def mean_table(
 def comparison_tables(result: Result) -> list[Table]:
     """Tables 1 and 2, table 8 where methods learn from their stream, table 3 and times; and paired tests."""
     usual = of_usual_stream(result.rows, result.usual)
-    tables = [_by_model(usual, result.usual)]
+    learning = list(dict.fromkeys(row["method"] for row in result.rows if row["stream"] != ANY))
+    tables = [_by_model(usual, learning, result.usual)]
     if pairs(usual):
         tables.append(comparison_table(usual, pairs(usual)))
-    if any(row["stream"] != ANY for row in result.rows):
+    if learning:
         tables.append(sensitivity_table(result.rows))
         if tests := stream_tests(result.rows, ["Source"]):
             tables.append(tests)
@@ -136,21 +137,21 @@ def pairs(rows: Sequence[Row], *references: str) -> list[tuple[str, str]]:
 
 def stream_tests(rows: Sequence[Row], references: Sequence[str]) -> Table | None:
     """Paired tests of every method that learns from its stream, under each of them, against the references."""
-    named = [row if row["stream"] == ANY else {**row, "method": f"{row['method']} ({row['stream']})"} for row in rows]
+    label = "{method} ({stream})"
+    named = [row if row["stream"] == ANY else {**row, "method": label.format(**row), "stream": ANY} for row in rows]
     known = {row["method"] for row in rows if row["stream"] == ANY}
     learning = [method for method in _methods(named) if method not in known]
     tested = [(method, other) for method in learning for other in references if other in known]
     return comparison_table(named, tested) if tested else None
 
 
-def _by_model(rows: Sequence[Row], usual: str) -> Table:
+def _by_model(rows: Sequence[Row], learning: Sequence[str], usual: str) -> Table:
     models, methods = list(dict.fromkeys(row["model"] for row in rows)), _methods(rows)
     lines: list[Line] = [
         ((model,), [[r for r in rows if r["model"] == model and r["method"] == method] for method in methods])
         for model in models
     ]
     table = mean_table("All methods (paper, tables 1 and 2)", ("model",), methods, lines, "across")
-    learning = list(dict.fromkeys(row["method"] for row in rows if row["stream"] != ANY))
     note = f"{table.note} Streams of {', '.join(learning)}: {usual}." if learning else table.note
     return Table(table.caption, table.header, table.body, table.records, note=note)
 

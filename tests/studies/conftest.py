@@ -34,14 +34,11 @@ start = 2
 [finetune]
 recipe = "photos"
 [compare]
-options = [
-    "memo.views=2",
-    "diffusion_tta.updates=1",
-    "diffusion_tta.pairs=2",
-    "gda.views=2",
-    "gda.start=1",
-    "tent.steps=2",
-]
+[compare.options]
+memo = {{ views = 2 }}
+diffusion_tta = {{ updates = 1, pairs = 2 }}
+gda = {{ views = 2, start = 1 }}
+tent = {{ steps = 2 }}
 [ablate]
 per_class = [1, 2]
 cfg_scales = [1.0, 4.0]

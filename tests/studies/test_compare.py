@@ -96,9 +96,8 @@ def check_same_as_evaluate(out, target, text, cells):
 
 
 def test_a_method_that_an_option_makes_learn_is_shown_streams(study, call):
-    text = study.replace("[compare]", "[compare]\nbatch_sizes = [4]\nmixed_corruptions = [true]")
-    leak = ["--option", "memo.views=2", "--option", "memo.leak_optimizer_state=true"]
-    rows = call("compare", text, "--method", "memo", *leak)
+    text = study.replace("[compare]\n", "[compare]\nbatch_sizes = [4]\nmixed_corruptions = [true]\n")
+    rows = call("compare", text, "--method", "memo", "--option", "memo.leak_optimizer_state=true")
     assert {(row["mixed_classes"], row["reset"]) for row in rows} == {
         (mixed, reset) for mixed in (True, False) for reset in ("continual", "batch")
     }
@@ -106,7 +105,7 @@ def test_a_method_that_an_option_makes_learn_is_shown_streams(study, call):
 
 
 def test_killed_it_goes_on_to_the_same_rows(tmp_path, study, call, monkeypatch):
-    text = study.replace("[compare]", '[compare]\nmethods = ["source", "tent", "memo"]\nbatch_sizes = [4]')
+    text = study.replace("[compare]\n", '[compare]\nmethods = ["source", "tent", "memo"]\nbatch_sizes = [4]\n')
     whole = outcomes(call("compare", text, "--output", tmp_path / "whole"))
     see, calls = scoring._see, []
 
@@ -133,7 +132,7 @@ def test_killed_it_goes_on_to_the_same_rows(tmp_path, study, call, monkeypatch):
 
 def test_of_a_slow_method_what_was_done_is_kept_image_by_image(tmp_path, study, call, monkeypatch):
     monkeypatch.setattr(scoring, "SAVE_EVERY", -1.0)
-    text = study.replace("[compare]", '[compare]\nmethods = ["memo"]')
+    text = study.replace("[compare]\n", '[compare]\nmethods = ["memo"]\n')
     whole = outcomes(call("compare", text, "--output", tmp_path / "whole"))
     write, seen = scoring.write_json, []
 
@@ -156,7 +155,7 @@ def test_of_a_slow_method_what_was_done_is_kept_image_by_image(tmp_path, study, 
 
 
 def test_further_images_leave_what_is_known_of_the_others(tmp_path, study, call, write_images):
-    study = study.replace("[compare]", '[compare]\nbatch_sizes = [4]\nresets = ["continual"]')
+    study = study.replace("[compare]\n", '[compare]\nbatch_sizes = [4]\nresets = ["continual"]\n')
     before = call("compare", study, *QUICK)
     write_images(tmp_path / "target", ["fog/3/bee/1.png", "snow/3/bee/1.png"], size=(20, 24))
     after = by_cell(call("compare", study, *QUICK))
@@ -172,7 +171,7 @@ def test_further_images_leave_what_is_known_of_the_others(tmp_path, study, call,
 
 def test_other_settings_are_refused(tmp_path, study, call):
     call("compare", study, "--method", "source", "--method", "memo")
-    message = call("compare", study.replace("memo.views=2", "memo.views=3"), "--method", "memo", code=2)
+    message = call("compare", study.replace("memo = { views = 2 }", "memo = { views = 3 }"), "--method", "memo", code=2)
     assert "made with options.views = 2, this run has options.views = 3: use another --output" in message
     assert "made with resize = true" in call("compare", study + "[evaluate]\nresize = false", *QUICK, code=2)
     message = call("compare", study, "--method", "source", "--option", "source.views=2", code=2)
@@ -181,7 +180,7 @@ def test_other_settings_are_refused(tmp_path, study, call):
 
 def test_two_processes_find_what_one_finds(tmp_path, study, call):
     text = "\n".join(line for line in study.splitlines() if not line.startswith("convnext"))
-    text = text.replace("[compare]", "[compare]\nbatch_sizes = [4]\nmixed_classes = [true]")
+    text = text.replace("[compare]\n", "[compare]\nbatch_sizes = [4]\nmixed_classes = [true]\n")
     rows = outcomes(call("compare", text, *QUICK))
     assert outcomes(call("compare", text, *QUICK, "--workers", "2", "--output", tmp_path / "two")) == rows
 
@@ -274,3 +273,21 @@ def test_torchrun_is_refused(study, tmp_path, monkeypatch):
     monkeypatch.setattr("sda_fast.stages.ranks.ranks", lambda: object())
     with pytest.raises(SdaError, match="compare runs in one process: call it without torchrun"):
         module.compare(read_study(tmp_path / "study.toml"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[finetune]", '[evaluate]\nmode = "mean"\n[finetune]', "[evaluate] mode = 'mean' is not known; choose one of"),
+        ("[finetune]", "[evaluate]\nbatch_size = 0\n[finetune]", "[evaluate] batch_size = 0 is out of range"),
+        ("[align]", '[align]\nprojection = "diffpure"', "[align] projection = 'diffpure' must be 'dda'"),
+        ("memo = { views = 2 }", "memo = 2", "options = {'memo': 2, "),
+        ("memo = {", "mono = {", "method 'mono' is not known; choose from source, tent"),
+        ("[compare]", "[compare]\nbatch_sizes = [0]", "batch_sizes = [0] is out of range"),
+        ("[compare]", '[compare]\nmixed_classes = ["yes"]', "mixed_classes = ['yes'] is of another type; give a list of"),
+        ("target = ", 'target = "nowhere" #', "target nowhere does not exist"),
+    ],
+)
+def test_what_would_fail_later_fails_at_once(tmp_path, study, call, old, new, message):
+    assert message in call("compare", study.replace(old, new, 1), code=2)
+    assert not (tmp_path / "out").exists()

@@ -102,6 +102,6 @@ def test_methods_are_all_or_those_named():
     assert chosen_methods(CompareSettings(methods=("sda", "tent", "sda"))) == ["sda", "tent"]
     with pytest.raises(SdaError, match="method 'magic' is not known"):
         chosen_methods(CompareSettings(methods=("magic",)))
-    assert chosen_methods(CompareSettings(methods=("sda",), options=("memo.views=2",))) == ["sda"]
+    assert chosen_methods(CompareSettings(methods=("sda",), options={"memo": {"views": 2}})) == ["sda"]
     with pytest.raises(SdaError, match="method 'mono' is not known"):
-        chosen_methods(CompareSettings(methods=("sda",), options=("mono.views=2",)))
+        chosen_methods(CompareSettings(methods=("sda",), options={"mono": {"views": 2}}))
