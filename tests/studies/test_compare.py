@@ -284,7 +284,7 @@ def test_torchrun_is_refused(study, tmp_path, monkeypatch):
         ("memo = { views = 2 }", "memo = 2", "options = {'memo': 2, "),
         ("memo = {", "mono = {", "method 'mono' is not known; choose from source, tent"),
         ("[compare]", "[compare]\nbatch_sizes = [0]", "batch_sizes = [0] is out of range"),
-        ("[compare]", '[compare]\nmixed_classes = ["yes"]', "mixed_classes = ['yes'] is of another type; give a list of"),
+        ("[compare]", '[compare]\nmixed_classes = ["yes"]', "mixed_classes = ['yes'] is of another type; give a list"),
         ("target = ", 'target = "nowhere" #', "target nowhere does not exist"),
     ],
 )
