@@ -14,6 +14,8 @@ from sda_fast.errors import SdaError
 from sda_fast.stages.align import AlignSettings
 from sda_fast.stages.synthesize import SynthesizeSettings
 
+STUDIES = ("compare", "ablate")
+
 
 @dataclass(frozen=True)
 class SynthesizeConfig(SynthesizeSettings):
@@ -85,7 +87,16 @@ class RunConfig:
 
 
 def read_config(path: str | Path) -> RunConfig:
-    """The settings in a TOML file. Raises SdaError if it is missing, no TOML, or holds a key or value that is wrong."""
+    """The settings in a TOML file. Raises SdaError if it is missing, no TOML, or holds a key or value that is wrong.
+
+    The tables of studies may stand in the same file (`sda_fast.studies.config`); a run passes over them.
+    """
+    values = {name: value for name, value in read_values(path).items() if name not in STUDIES}
+    return build(RunConfig, values, str(path))
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """What stands in a TOML file, unchecked. Raises SdaError if it is missing or no TOML."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -94,7 +105,7 @@ def read_config(path: str | Path) -> RunConfig:
         raise SdaError(f"{path} is not TOML ({error}): mend it there") from error
     if "diffpure" in values and isinstance(values["diffpure"], dict):
         values["diffpure"].setdefault("projection", "diffpure")
-    return build(RunConfig, values, str(path))
+    return values
 
 
 def build(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
@@ -129,8 +140,11 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     for option in options:
         origin = get_origin(option) or option
-        if origin is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
+        if origin is tuple and isinstance(value, list):
+            element = get_args(option)[0]
+            accepted = (float, int) if element is float else (element,)
+            if all(type(item) in accepted for item in value):
+                return tuple(map(element, value))
         if option is float and type(value) in (int, float):
             return float(value)
         if origin is dict and isinstance(value, dict):
@@ -156,4 +170,5 @@ def _name(kind: Any) -> str:
     known = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
     if get_origin(kind) is dict:
         return "a table of texts" if get_args(kind)[1] is str else "a table of tables"
-    return known.get(kind, "a list of texts")
+    lists = {str: "texts", int: "whole numbers", float: "numbers", bool: "true and false"}
+    return f"a list of {lists[get_args(kind)[0]]}" if get_origin(kind) is tuple else known[kind]

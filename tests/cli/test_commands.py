@@ -20,6 +20,8 @@ COMMANDS = (
     "bench",
     "doctor",
     "corrupt",
+    "compare",
+    "ablate",
 )
 REPORTING = [command for command in COMMANDS if command != "train-photos"]
 

@@ -91,6 +91,10 @@ def test_what_is_left_out_is_published(read):
     assert (config.evaluate.mode, config.evaluate.ablation) == ("sum", False)
 
 
+def test_the_tables_of_studies_are_passed_over(read):
+    assert read(SHORTEST + "[compare]\nmethods = []\n[ablate]\nper_class = [1]") == read(SHORTEST)
+
+
 def test_everything_can_be_set(read):
     config = read(LONGEST)
     assert (config.device, config.workers, config.adm_preset, config.dit_preset) == (
