@@ -69,8 +69,8 @@ def comparison_table(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], per_
         for first, second in pairs:
             if {first, second} <= set(results.methods):
                 for over, test in _paired_tests(results, first, second, per_corruption):
-                    body.append(_comparison_cells(results.model, f"{first} - {second}", over, test))
-                    names = {"model": results.model, "first": first, "second": second, "over": over}
+                    body.append(_comparison_cells(results.title, f"{first} - {second}", over, test))
+                    names = {"model": results.title, "first": first, "second": second, "over": over}
                     records.append({**names, **asdict(test)})
     compared = {(record["first"], record["second"]) for record in records}
     for first, second in pairs:
@@ -157,7 +157,7 @@ def _accuracy_records(results: ModelResults) -> list[dict[str, Any]]:
     """One record per cell with plain fractions, the means under the corruption "mean"."""
     records = []
     for method in results.methods:
-        names = {"model": results.model, "method": method}
+        names = {"model": results.title, "method": method}
         for row in (results.cells.get((method, column)) for column in results.columns):
             if row is not None:
                 keys = ("corruption", "severity", "images", "correct", "accuracy", "low", "high")
@@ -173,7 +173,7 @@ def _accuracy_records(results: ModelResults) -> list[dict[str, Any]]:
 
 
 def _caption(results: ModelResults) -> str:
-    caption = f"Accuracy of {results.model} in percent"
+    caption = f"Accuracy of {results.title} in percent"
     if len(results.severities) == 1 and results.severities != (0,):
         caption += f", severity {results.severities[0]}"
     images = sorted({row["images"] for row in results.cells.values()})
