@@ -70,7 +70,8 @@ def run() -> None:
     import sda_fast.cli.bench
     import sda_fast.cli.checkpoints
     import sda_fast.cli.commands
-    import sda_fast.cli.corrupt  # noqa: F401  (all register commands)
+    import sda_fast.cli.corrupt
+    import sda_fast.cli.report  # noqa: F401  (all register commands)
 
     try:
         app()

@@ -54,9 +54,10 @@ def stages(model: "nn.Module") -> list[tuple[str, "nn.Module"]]:
     if isinstance(model, ResNet):
         names = [f"layer{i}" for i in range(1, 5) if hasattr(model, f"layer{i}")]
     elif isinstance(model, ConvNeXt):
-        names = [f"stages.{i}" for i in range(len(model.stages))]
+        names = [f"stages.{name}" for name, _ in model.get_submodule("stages").named_children()]
     elif _is_swin(model):
-        names = [*(f"layers.{i}" for i in range(len(model.layers) - 1)), "norm"]
+        layers = [f"layers.{name}" for name, _ in model.get_submodule("layers").named_children()]
+        names = [*layers[:-1], "norm"]
     else:
         raise SdaError(
             f"Grad-CAM has no rule for the layer of a {type(model).__name__}: use a ResNet, Swin or ConvNeXt of timm"
@@ -94,7 +95,9 @@ def _layer(classifier: "Classifier", image: "Tensor") -> tuple[str, "nn.Module"]
         if sides[module] >= SMALLEST_MAP:
             return name, module
     size = f"{image.shape[-1]}x{image.shape[-2]}"
-    raise SdaError(f"Grad-CAM finds no stage with {SMALLEST_MAP}x{SMALLEST_MAP} positions: images of {size} are too small")
+    raise SdaError(
+        f"Grad-CAM finds no stage with {SMALLEST_MAP}x{SMALLEST_MAP} positions: images of {size} are too small"
+    )
 
 
 def _is_swin(model: "nn.Module") -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from sda_fast.statistics import MeanAccuracy, Row, mean_interval
 
 Column = tuple[str, int]  # corruption, severity
+ANY_STREAM = "any"  # the stream of a row that holds for every one
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class ModelResults:
 def by_model(rows: Sequence[Row]) -> list[ModelResults]:
     """Arrange rows, models and then streams in the order in which they first came.
 
-    A row may name the stream of images it was measured in, such as "batches of 1, mixed classes", as `stream`. Each
-    stream of a model has a grid of its own; rows that name none hold for every stream and stand in each.
+    A row may name the stream of images it was measured in, such as "classes mixed, batches of 1", as `stream`. Each
+    stream of a model has a grid of its own; rows that name none, or "any", hold for every stream and stand in each.
     Raises ValueError without rows, or if two rows are about the same method, model, corruption, severity and stream.
     """
     if not rows:
@@ -62,13 +63,25 @@ def by_model(rows: Sequence[Row]) -> list[ModelResults]:
     arranged = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
-        streams = dict.fromkeys(stream for row in own if (stream := row.get("stream"))) or [""]
+        streams = dict.fromkeys(stream for row in own if (stream := stream_of(row))) or [""]
         arranged += [_arranged(model, stream, own) for stream in streams]
     return arranged
 
 
+def stream_of(row: Row) -> str:
+    """The stream a row was measured in, "" if it holds for every one."""
+    stream = row.get("stream") or ""
+    return "" if stream == ANY_STREAM else str(stream)
+
+
+def first_stream(rows: Sequence[Row]) -> list[Row]:
+    """The rows that hold for the first stream of each model: of several streams, the one a report is mainly about."""
+    first = {results.model: results.stream for results in reversed(by_model(rows))}
+    return [row for row in rows if stream_of(row) in ("", first[row["model"]])]
+
+
 def _arranged(model: str, stream: str, rows: Sequence[Row]) -> ModelResults:
-    own = [row for row in rows if (row.get("stream") or stream) == stream]
+    own = [row for row in rows if stream_of(row) in ("", stream)]
     cells: dict[tuple[str, Column], Row] = {}
     for row in own:
         key = (row["method"], (row["corruption"], row["severity"]))

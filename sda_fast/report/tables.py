@@ -98,6 +98,38 @@ def comparison_table(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], per_
     return Table(caption, header, tuple(body), tuple(records), text_columns=3, note=note)
 
 
+def stream_tables(rows: Sequence[Row]) -> list[Table]:
+    """Mean accuracy over the corruptions, streams as rows and methods as columns: one table per model with several.
+
+    Methods whose rows hold for every stream stand in each with the same figure. As in the paper's table 8, but for all
+    methods.
+    """
+    tables = []
+    arranged = by_model(rows)
+    for model in dict.fromkeys(results.model for results in arranged):
+        streams = [results for results in arranged if results.model == model]
+        if len(streams) > 1:
+            methods = list(dict.fromkeys(method for results in streams for method in results.methods))
+            tables.append(_stream_table(model, streams, methods))
+    return tables
+
+
+def _stream_table(model: str, streams: Sequence[ModelResults], methods: Sequence[str]) -> Table:
+    body: list[tuple[Cell, ...]] = []
+    records: list[dict[str, Any]] = []
+    for results in streams:
+        means = [results.mean(method) if method in results.methods else None for method in methods]
+        estimates = [None if mean is None else (mean.mean, mean.low, mean.high) for mean in means]
+        body.append((Cell(results.stream), *_accuracy_cells(estimates, "half")))
+        for method, mean in zip(methods, means, strict=True):
+            if mean is not None:
+                bounds = {"accuracy": mean.mean, "low": mean.low, "high": mean.high, "interval": mean.how}
+                records.append({"model": model, "stream": results.stream, "method": method, **bounds})
+    caption = f"Mean accuracy of {model} in percent, by the order of the images"
+    note = "±: the larger distance to the bounds of the 95 % interval."
+    return Table(caption, ("stream", *methods), tuple(body), tuple(records), note=note)
+
+
 def format_p(p: float) -> str:
     """Three decimals; below 0.001 one digit and the power of ten."""
     if p >= 0.001:

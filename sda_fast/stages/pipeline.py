@@ -28,9 +28,10 @@ UNALIGNED = "SDA, not aligned"  # the ablation's row
 def run(
     config: RunConfig, *, quiet: bool | None = None, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Run every stage into `config.output`; returns {"rows", "seconds" by stage, "folders", "failures"}.
+    """Run every stage into `config.output`; returns {"rows", "seconds" by stage, "folders", "models", "failures", ...}.
 
-    "failures" holds, by the folder of the stage, what could not be read; everything else is done.
+    "models" holds, by classifier, its weights as "source" and, if it was fine-tuned, as "finetuned"; "failures", by
+    the folder of the stage, what could not be read; everything else is done.
 
     Stages that are finished are skipped and half-finished ones resumed, so the same call goes on after an
     interruption. Raises SdaError as the stages do.
@@ -98,7 +99,16 @@ def run(
     ]
     failures = {str(folder): failed for folder in stages if (failed := read_failures(folder))}
     folders = {"target": config.target, **{kind: str(folder) for kind, folder in projected.items()}}
-    return {"rows": rows, "seconds": seconds, "folders": folders, "failures": failures, "settings": asdict(config)}
+    tuned = {name: str(file) for (images, name), file in adapted.items() if images == aligned.name}
+    models = {name: {"source": path, "finetuned": tuned.get(name)} for name, path in config.classifiers.items()}
+    return {
+        "rows": rows,
+        "seconds": seconds,
+        "folders": folders,
+        "models": models,
+        "failures": failures,
+        "settings": asdict(config),
+    }
 
 
 def _check(config: RunConfig) -> None:
