@@ -17,7 +17,8 @@ from sda_fast.statistics import Row
 # hiding the error bars and the other too faint on white.
 COLOURS = ("#999999", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
 HATCHES = ("", "///", "...", "xxx")  # a further method takes the colours again, hatched
-ROW_HEIGHT = 2.2  # inches
+ROW_HEIGHT, LETTER = 2.2, 0.08  # inches; of a letter, the width
+LONGEST_NAME = 28  # characters
 
 
 class Group(NamedTuple):
@@ -77,7 +78,7 @@ def bars_text(results: ModelResults) -> str:
             f"{method}: {middle}from {100 * lowest['accuracy']:.1f} % ({lowest_name}) "
             f"to {100 * highest['accuracy']:.1f} % ({highest_name})."
         )
-    return f"Bar chart of the accuracy of {results.title} per corruption. " + " ".join(sentences)
+    return f"Bar chart of the accuracy of {results.title} under each corruption. " + " ".join(sentences)
 
 
 def _groups(results: ModelResults, methods: Sequence[str]) -> list[Group]:
@@ -101,6 +102,7 @@ def _figure(
 ) -> Any:
     """One panel below the other, of one scale; what two of them have under their axes alike, the lower one shows."""
     from matplotlib.figure import Figure  # slow to import; and without pyplot, which keeps global state
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(width, height), layout="constrained")
     drawn = figure.subplots(len(panels), 1, squeeze=False, sharey=True)[:, 0]
@@ -109,14 +111,21 @@ def _figure(
     for i, (axes, (title, groups)) in enumerate(zip(drawn, panels, strict=True)):
         _draw(axes, groups, methods, chance)
         axes.set_xlim(-0.6, end + 0.6)
+        _label(axes, groups, turned=LETTER * max(map(len, named[i])) > (width - 0.6) / (end + 1.2))
         axes.set_title(_clean(title), loc="left", fontsize="medium", fontweight="bold")
         axes.tick_params(labelbottom=named[i] != (named[i + 1] if i + 1 < len(named) else None))
-    bars = [patches for patches in drawn[0].containers if hasattr(patches, "patches")]
-    handles = [*bars, *drawn[0].lines[-1:]] if chance is not None else bars
-    names = [handle.get_label() for handle in handles]
-    columns = max(1, min(len(names), 6, int(width / (0.6 + 0.09 * max(map(len, names))))))
-    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
+    run = [i for i in range(len(methods)) if any(group.estimates[i] for _, groups in panels for group in groups)]
+    handles: list[Any] = [Patch(label=_clean(methods[i]), **_style(i)) for i in run]
+    if chance is not None:
+        handles += drawn[0].lines[-1:]
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, min(len(handles), 6, int(width / (0.6 + LETTER * longest))))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
     return figure
+
+
+def _style(method: int) -> dict[str, Any]:
+    return {"facecolor": COLOURS[method % len(COLOURS)], "hatch": HATCHES[method // len(COLOURS) % len(HATCHES)]}
 
 
 def _positions(groups: Sequence[Group]) -> NDArray[np.float64]:
@@ -130,25 +139,21 @@ def _draw(axes: Any, groups: Sequence[Group], methods: Sequence[str], chance: fl
     if groups[-1].mean and len(groups) > 1:
         axes.axvline(positions[-1] - 0.7, color="#bbbbbb", linewidth=0.8)
     width = 0.84 / len(methods)
-    for i, method in enumerate(methods):
+    for i in range(len(methods)):
+        if not any(group.estimates[i] for group in groups):
+            continue
         values = [group.estimates[i] or (np.nan,) * 3 for group in groups]
         accuracy, low, high = 100 * np.array(values).T
         axes.bar(
             positions + (i - (len(methods) - 1) / 2) * width,
             accuracy,
             width * 0.92,
-            label=_clean(method),
-            color=COLOURS[i % len(COLOURS)],
-            hatch=HATCHES[i // len(COLOURS) % len(HATCHES)],
+            **_style(i),
             yerr=np.maximum(0, [accuracy - low, high - accuracy]),  # the mean's rounding may be a hair below 0
             error_kw={"elinewidth": 0.9, "capsize": 1.8, "capthick": 0.9, "ecolor": "#222222"},
         )
     if chance is not None:
         axes.axhline(100 * chance, color="#222222", linewidth=0.9, linestyle="--", label="chance")
-    labels = [_clean(group.label) for group in groups]
-    turned = len(labels) > 3
-    axes.set_xticks(positions, labels, rotation=35 if turned else 0, ha="right" if turned else "center")
-    axes.tick_params(axis="x", length=0)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("accuracy, %")
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
@@ -156,6 +161,14 @@ def _draw(axes: Any, groups: Sequence[Group], methods: Sequence[str], chance: fl
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _label(axes: Any, groups: Sequence[Group], turned: bool) -> None:
+    labels = [_clean(group.label) for group in groups]
+    axes.set_xticks(_positions(groups), labels, rotation=35 if turned else 0, ha="right" if turned else "center")
+    axes.tick_params(axis="x", length=0)
+
+
 def _clean(text: str) -> str:
-    """Without control characters, and with dollar signs escaped, which matplotlib takes for formulas."""
+    """Cut to a length that leaves room for bars, without control characters, and with dollar signs escaped, which
+    matplotlib takes for formulas."""
+    text = text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
     return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")

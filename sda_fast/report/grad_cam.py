@@ -94,10 +94,8 @@ def _layer(classifier: "Classifier", image: "Tensor") -> tuple[str, "nn.Module"]
     for name, module in reversed(found):
         if sides[module] >= SMALLEST_MAP:
             return name, module
-    size = f"{image.shape[-1]}x{image.shape[-2]}"
-    raise SdaError(
-        f"Grad-CAM finds no stage with {SMALLEST_MAP}x{SMALLEST_MAP} positions: images of {size} are too small"
-    )
+    size, least = f"{image.shape[-1]}x{image.shape[-2]}", f"{SMALLEST_MAP}x{SMALLEST_MAP}"
+    raise SdaError(f"Grad-CAM finds no stage with {least} positions for images of {size}: use a model for larger ones")
 
 
 def _is_swin(model: "nn.Module") -> bool:

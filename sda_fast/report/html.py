@@ -51,6 +51,7 @@ def write_report(
     """
     import jinja2  # here and not above: who only wants a table need not wait for it
 
+    embedded = [_figure(figure) for figure in figures]
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("sda_fast.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     main, streams = first_stream(rows), stream_tables(rows)
@@ -60,7 +61,7 @@ def write_report(
         streams=streams,
         by_stream=accuracy_table(rows, layout="auto") if streams else [],
         comparisons=[comparisons] if isinstance(comparisons, Table) else list(comparisons),
-        figures=[_figure(figure) for figure in figures],
+        figures=embedded,
         pictures=list(pictures),
         picture_uri=_picture_uri,
         settings=_sections(settings or {}),

@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sda_fast.report.bars import accuracy_bars
 from sda_fast.report.examples import before_after, choose_examples, grad_cam_panels, spread
 from sda_fast.report.html import write_report
 from sda_fast.report.pictures import PictureTable, table_grid
-from sda_fast.report.results import by_model, comparable_pairs, first_stream
+from sda_fast.report.results import by_model, comparable_pairs, first_stream, stream_of
 from sda_fast.report.tables import Table, accuracy_table, comparison_table
 from sda_fast.report.writers import to_text, write_tables
 from sda_fast.statistics import Row
@@ -122,9 +123,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _comparisons(rows: Sequence[Row]) -> list[Table]:
+    """Paired tests in the first stream; where it is one for all models, the note names it and not every line."""
     main = first_stream(rows)
-    pairs = comparable_pairs(main, PAIRS)
-    return [comparison_table(main, pairs)] if pairs else []
+    streams = {stream for row in main if (stream := stream_of(row))}
+    if len(streams) == 1:
+        main = [{**row, "stream": ""} for row in main]
+    if not (pairs := comparable_pairs(main, PAIRS)):
+        return []
+    table = comparison_table(main, pairs)
+    said = f" Order of the images: {streams.pop()}." if len(streams) == 1 else ""
+    return [replace(table, note=table.note + said)]
 
 
 def _pictures(root: Path, record: Mapping[str, Any], grad_cam: bool) -> tuple[list[PictureTable], list[str]]:

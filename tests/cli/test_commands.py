@@ -20,6 +20,7 @@ COMMANDS = (
     "bench",
     "doctor",
     "corrupt",
+    "report",
 )
 REPORTING = [command for command in COMMANDS if command != "train-photos"]
 
