@@ -117,8 +117,8 @@ def _columns(examples: Sequence[Example], projections: Mapping[str, str | Path])
     originals = [example.original.path for example in examples if example.original is not None]
     if len(originals) == len(examples):
         columns = {"original": originals, **columns}
-    for kind, folder in projections.items():
-        columns[TITLES.get(kind, kind)] = [Path(folder, f"{example.file.key}.png") for example in examples]
+    for kind in [*(k for k in TITLES if k in projections), *(k for k in projections if k not in TITLES)]:
+        columns[TITLES.get(kind, kind)] = [Path(projections[kind], f"{example.file.key}.png") for example in examples]
     return columns
 
 

@@ -4,7 +4,7 @@ from shutil import rmtree
 import numpy as np
 import pytest
 
-from sda_fast.data import center_crop, read_image
+from sda_fast.data import center_crop, read_image, write_png
 from sda_fast.errors import SdaError
 from sda_fast.report.examples import before_after, choose_examples, grad_cam_panels, spread
 
@@ -15,11 +15,14 @@ def folders(tmp_path, write_images):
     names = [
         f"{g}/{c}/{i}.png" for g in ("clean", "fog/3", "jpeg_compression/3") for c in ("ant", "cow") for i in (1, 2)
     ]
-    return {name: write_images(tmp_path / name, names) for name in ("target", "dda", "diffpure")}
+    found = {name: write_images(tmp_path / name, names) for name in ("target", "dda", "diffpure")}
+    for name in names:  # the pictures are a function of their names: the projection is to be another one
+        write_png(255 - read_image(found["dda"] / name), found["dda"] / name)
+    return found
 
 
 def projections(folders):
-    return {kind: folders[kind] for kind in ("diffpure", "dda")}
+    return {kind: folders[kind] for kind in ("dda", "diffpure")}
 
 
 def test_an_example_of_each_corruption_and_of_another_class(folders):
