@@ -106,7 +106,7 @@ def _figure(
 
     figure = Figure(figsize=(width, height), layout="constrained")
     drawn = figure.subplots(len(panels), 1, squeeze=False, sharey=True)[:, 0]
-    end = max(_positions(groups)[-1] for _, groups in panels)
+    end = max(2.0, *(_positions(groups)[-1] for _, groups in panels))  # a few bars need not fill the page
     named = [[group.label for group in groups] for _, groups in panels]
     for i, (axes, (title, groups)) in enumerate(zip(drawn, panels, strict=True)):
         _draw(axes, groups, methods, chance)

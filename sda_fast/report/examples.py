@@ -33,13 +33,14 @@ class Example(NamedTuple):
 
 
 def choose_examples(target: str | Path, limit: int = 15) -> list[Example]:
-    """One image of each corruption, another class each time; of a plain folder of classes, some of its images."""
+    """One image of each corruption, another class each time; of a single corruption, or none, some images."""
     groups: dict[str, list[ImageFile]] = {}
     for file in list_images(target):
         groups.setdefault("/".join(file.name.split("/")[:-2]), []).append(file)
     clean = {_place(file): file for file in groups.pop("clean", [])}
-    if "" in groups:
-        chosen = [(file.class_name, file) for file in spread(groups[""], min(5, limit))]
+    if len(groups) == 1:
+        (files,) = groups.values()
+        chosen = [(file.class_name, file) for file in spread(files, min(5, limit))]
     else:
         parts = [(name, files[i * len(files) // len(groups)]) for i, (name, files) in enumerate(groups.items())]
         chosen = [(name.replace("/", " ").replace("_", " "), file) for name, file in parts][:limit]

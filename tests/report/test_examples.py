@@ -36,8 +36,9 @@ def test_an_example_of_each_corruption_and_of_another_class(folders):
     assert choose_examples(folders["target"], limit=1) == examples[:1]
 
 
-def test_examples_of_a_plain_folder(tmp_path, write_images):
-    target = write_images(tmp_path / "plain", [f"{c}/{i}.jpg" for c in "abc" for i in range(4)])
+@pytest.mark.parametrize("corruption", ["", "fog/3/"])
+def test_examples_of_a_plain_folder_and_of_one_corruption(tmp_path, write_images, corruption):
+    target = write_images(tmp_path / "plain", [f"{corruption}{c}/{i}.jpg" for c in "abc" for i in range(4)])
     assert [e.title for e in choose_examples(target)] == ["a", "a", "b", "b", "c"]
     assert all(e.words == e.title and e.original is None for e in choose_examples(target))
 
