@@ -43,6 +43,7 @@ _OPTIONAL = (
     ),
     ("latent decoding", ("diffusers",), 'pip install "sda-fast[vae]"'),
     ("DiffPure's SDE", ("torchsde",), 'pip install "sda-fast[diffpure]"'),
+    ("Grad-CAM", ("grad-cam",), 'pip install "sda-fast[report]"'),
 )
 _NO_GPU = "no NVIDIA GPU was found"
 

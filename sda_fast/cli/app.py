@@ -71,6 +71,7 @@ def run() -> None:
     import sda_fast.cli.checkpoints
     import sda_fast.cli.commands
     import sda_fast.cli.corrupt
+    import sda_fast.cli.report
     import sda_fast.cli.studies  # noqa: F401  (all register commands)
 
     try:

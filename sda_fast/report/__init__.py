@@ -1,9 +1,10 @@
 """Evaluation results as tables, statistics, pictures and one self-contained HTML file. Imports no torch."""
 
+from sda_fast.report.bars import accuracy_bars
 from sda_fast.report.corruption_error import check_baseline, mce_table, read_baseline
 from sda_fast.report.html import write_report
 from sda_fast.report.paper import paper_table, write_evaluation
-from sda_fast.report.pictures import accuracy_bars, picture_grid
+from sda_fast.report.pictures import Picture, PictureTable, picture_grid
 from sda_fast.report.tables import Cell, Table, accuracy_table, comparison_table
 from sda_fast.report.writers import to_csv, to_markdown, to_text, write_tables
 from sda_fast.statistics import (
@@ -21,6 +22,8 @@ __all__ = [
     "Cell",
     "MeanAccuracy",
     "PairedTest",
+    "Picture",
+    "PictureTable",
     "Row",
     "Table",
     "accuracy_bars",

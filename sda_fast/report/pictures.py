@@ -1,28 +1,51 @@
-"""PNG pictures: a labelled grid of image patches, and bar charts of accuracy."""
+"""Images side by side: as one labelled PNG, and as a table of pictures for the report."""
 
 import io
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from sda_fast.files import write_bytes
-from sda_fast.report.results import ModelResults, by_model
-from sda_fast.statistics import Row
 
 Pixels = NDArray[np.uint8]
 INK, PAPER = (28, 28, 30), (255, 255, 255)
 MARGIN, GAP, FONT_SIZE, LABEL_WIDTH, LONGEST_WORD = 12, 6, 14, 150, 40
 
-# Okabe and Ito's palette, told apart with any colour vision; its black and yellow are left out, the one
-# hiding the error bars and the other too faint on white.
-COLOURS = ("#999999", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
-HATCHES = ("", "///", "...", "xxx")  # a further method takes the colours again, hatched
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a picture table: uint8 [H, W, 3], what it shows in words, and a line below it.
+
+    `right` says whether the prediction that `label` names is right; None where it is no prediction.
+    """
+
+    pixels: Pixels
+    alt: str
+    label: str = ""
+    right: bool | None = None
+
+
+@dataclass(frozen=True)
+class PictureTable:
+    """Pictures in titled columns and rows, every row as long as `columns`."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Picture, ...]], ...]
+    note: str = ""
+
+
+def table_grid(table: PictureTable, path: str | os.PathLike[str]) -> Path:
+    """A picture table as one PNG, by `picture_grid`; small patches are enlarged to about 96 pixels."""
+    columns = [(title, [row[i].pixels for _, row in table.rows]) for i, title in enumerate(table.columns)]
+    largest = max(max(image.shape[:2]) for _, images in columns for image in images)
+    return picture_grid(columns, [title for title, _ in table.rows], path, scale=max(1, 96 // largest))
 
 
 def picture_grid(
@@ -70,74 +93,6 @@ def picture_grid(
     return write_bytes(stream.getvalue(), path)
 
 
-def accuracy_bars(rows: Sequence[Row], path: str | os.PathLike[str], chance: float | None = None) -> Path:
-    """Write a PNG bar chart: one panel per model, one group of bars per corruption, one bar per method.
-
-    Error bars are 95 % intervals; the mean over corruptions stands apart on the right. `chance`, a fraction,
-    adds a dashed line at the accuracy of guessing. Raises ValueError without rows or for duplicate rows.
-    """
-    from matplotlib.figure import Figure  # slow to import; and without pyplot, which keeps global state
-
-    models = by_model(rows)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    groups = max(len(results.columns) + 1 for results in models)
-    width = min(20.0, max(6.4, 1.2 + groups * (0.25 + 0.09 * len(methods))))
-    figure = Figure(figsize=(width, 1.0 + 2.5 * len(models)), dpi=150, layout="constrained")
-    panels = figure.subplots(len(models), 1, squeeze=False, sharey=True)[:, 0]
-    for axes, results in zip(panels, models, strict=True):
-        _bar_panel(axes, results, methods, chance)
-        if results is not models[-1] and results.columns == models[-1].columns:
-            axes.tick_params(labelbottom=False)  # the lowest panel names the groups for all
-    bars = [patches for patches in panels[0].containers if hasattr(patches, "patches")]
-    handles = [*bars, *panels[0].lines[-1:]] if chance is not None else bars
-    names = [handle.get_label() for handle in handles]
-    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 6), frameon=False)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return write_bytes(stream.getvalue(), path)
-
-
-def _bar_panel(axes: Any, results: ModelResults, methods: Sequence[str], chance: float | None) -> None:
-    """Draw one model. Methods it lacks keep their place and their colour, so that panels compare."""
-    labels = [_clean(results.label(column)) for column in results.columns]
-    has_mean = len(results.corrupted) > 1
-    positions = np.arange(len(labels) + has_mean, dtype=float)
-    if has_mean:
-        labels.append("mean")
-        positions[-1] += 0.4
-        axes.axvline(positions[-1] - 0.7, color="#bbbbbb", linewidth=0.8)
-    width = 0.84 / len(methods)
-    for i, method in enumerate(methods):
-        cells = [results.cells.get((method, column)) for column in results.columns]
-        values = [(c["accuracy"], c["low"], c["high"]) if c else (np.nan,) * 3 for c in cells]
-        if has_mean:
-            mean = results.mean(method) if method in results.methods else None
-            values.append((mean.mean, mean.low, mean.high) if mean else (np.nan,) * 3)
-        accuracy, low, high = 100 * np.array(values).T
-        axes.bar(
-            positions + (i - (len(methods) - 1) / 2) * width,
-            accuracy,
-            width * 0.92,
-            label=_clean(method),
-            color=COLOURS[i % len(COLOURS)],
-            hatch=HATCHES[i // len(COLOURS) % len(HATCHES)],
-            yerr=np.maximum(0, [accuracy - low, high - accuracy]),  # the mean's rounding may be a hair below 0
-            error_kw={"elinewidth": 0.9, "capsize": 1.8, "capthick": 0.9, "ecolor": "#222222"},
-        )
-    if chance is not None:
-        axes.axhline(100 * chance, color="#222222", linewidth=0.9, linestyle="--", label="chance")
-    turned = len(labels) > 5
-    axes.set_xticks(positions, labels, rotation=35 if turned else 0, ha="right" if turned else "center")
-    axes.tick_params(axis="x", length=0)
-    axes.set_xlim(positions[0] - 0.6, positions[-1] + 0.6)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("accuracy, %")
-    axes.set_title(_clean(results.model), loc="left", fontsize="medium", fontweight="bold")
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _check_grid(columns: Sequence[tuple[str, Sequence[Pixels]]], row_titles: Sequence[str], scale: int) -> None:
     if not columns or not row_titles:
         raise ValueError("a picture grid needs at least one column and one row")
@@ -157,11 +112,6 @@ def _font() -> ImageFont.FreeTypeFont:
 
     folder = Path(matplotlib.get_data_path())
     return ImageFont.truetype(folder / "fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
-
-
-def _clean(text: str) -> str:
-    """Without control characters, and with dollar signs escaped, which matplotlib takes for formulas."""
-    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -6,16 +6,23 @@ from dataclasses import dataclass
 from sda_fast.statistics import MeanAccuracy, Row, mean_interval
 
 Column = tuple[str, int]  # corruption, severity
+ANY_STREAM = "any"  # the stream of a row that holds for every one
 
 
 @dataclass(frozen=True)
 class ModelResults:
-    """All results of one model. Methods and columns stand in the order in which they first came."""
+    """All results of one model, in one stream. Methods and columns stand in the order in which they first came."""
 
     model: str
     methods: tuple[str, ...]
     columns: tuple[Column, ...]
     cells: dict[tuple[str, Column], Row]
+    stream: str = ""
+
+    @property
+    def title(self) -> str:
+        """The model, and the stream where the results name one."""
+        return f"{self.model}, {self.stream}" if self.stream else self.model
 
     @property
     def corrupted(self) -> tuple[Column, ...]:
@@ -45,25 +52,66 @@ class ModelResults:
 
 
 def by_model(rows: Sequence[Row]) -> list[ModelResults]:
-    """Arrange rows, models in the order in which they first came.
+    """Arrange rows, models and then streams in the order in which they first came.
 
-    Raises ValueError without rows, or if two rows are about the same method, model, corruption and severity.
+    A row may name the stream of images it was measured in, such as "classes mixed, batches of 1", as `stream`. Each
+    stream of a model has a grid of its own; rows that name none, or "any", hold for every stream and stand in each.
+    Raises ValueError without rows, or if two rows are about the same method, model, corruption, severity and stream.
     """
     if not rows:
         raise ValueError("there are no results to report")
     arranged = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
-        methods = tuple(dict.fromkeys(row["method"] for row in own))
-        columns = tuple(dict.fromkeys((row["corruption"], row["severity"]) for row in own))
-        cells: dict[tuple[str, Column], Row] = {}
-        for row in own:
-            key = (row["method"], (row["corruption"], row["severity"]))
-            if key in cells:
-                raise ValueError(
-                    f"two results for {row['method']} with {model} under {row['corruption']}, "
-                    f"severity {row['severity']}: report one run at a time"
-                )
-            cells[key] = row
-        arranged.append(ModelResults(model, methods, columns, cells))
+        streams = dict.fromkeys(stream for row in own if (stream := stream_of(row))) or [""]
+        arranged += [_arranged(model, stream, own) for stream in streams]
     return arranged
+
+
+def stream_of(row: Row) -> str:
+    """The stream a row was measured in, "" if it holds for every one."""
+    stream = row.get("stream") or ""
+    return "" if stream == ANY_STREAM else str(stream)
+
+
+def first_stream(rows: Sequence[Row]) -> list[Row]:
+    """The rows that hold for the first stream of each model: of several streams, the one a report is mainly about."""
+    first = {results.model: results.stream for results in reversed(by_model(rows))}
+    return [row for row in rows if stream_of(row) in ("", first[row["model"]])]
+
+
+def _arranged(model: str, stream: str, rows: Sequence[Row]) -> ModelResults:
+    own = [row for row in rows if stream_of(row) in ("", stream)]
+    cells: dict[tuple[str, Column], Row] = {}
+    for row in own:
+        key = (row["method"], (row["corruption"], row["severity"]))
+        if key in cells:
+            raise ValueError(
+                f"two results for {row['method']} with {model} under {row['corruption']}, "
+                f"severity {row['severity']}: report one run at a time"
+            )
+        cells[key] = row
+    methods = tuple(dict.fromkeys(row["method"] for row in own))
+    columns = tuple(dict.fromkeys((row["corruption"], row["severity"]) for row in own))
+    return ModelResults(model, methods, columns, cells, stream)
+
+
+def comparable_pairs(rows: Sequence[Row], further: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
+    """The pairs to test: each method against the first one, then those of `further` that are there.
+
+    Left out are pairs that were not run on the same images under the same corruptions, which no paired test compares.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    wanted = [(method, methods[0]) for method in methods[1:]]
+    wanted += [pair for pair in further if pair not in wanted]
+    arranged = by_model(rows)
+    return [pair for pair in wanted if _comparable(arranged, *pair)]
+
+
+def _comparable(arranged: Sequence[ModelResults], first: str, second: str) -> bool:
+    both = [results for results in arranged if {first, second} <= set(results.methods)]
+    return bool(both) and all(_tested(r.rows(first)) == _tested(r.rows(second)) != [] for r in both)
+
+
+def _tested(rows: Sequence[Row]) -> list[tuple[str, int, int]]:
+    return [(row["corruption"], row["severity"], row["images"]) for row in rows]

@@ -69,8 +69,8 @@ def comparison_table(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], per_
         for first, second in pairs:
             if {first, second} <= set(results.methods):
                 for over, test in _paired_tests(results, first, second, per_corruption):
-                    body.append(_comparison_cells(results.model, f"{first} - {second}", over, test))
-                    names = {"model": results.model, "first": first, "second": second, "over": over}
+                    body.append(_comparison_cells(results.title, f"{first} - {second}", over, test))
+                    names = {"model": results.title, "first": first, "second": second, "over": over}
                     records.append({**names, **asdict(test)})
     compared = {(record["first"], record["second"]) for record in records}
     for first, second in pairs:
@@ -96,6 +96,38 @@ def comparison_table(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], per_
     )
     caption = "Paired comparisons of methods on the same images" + (", by corruption" if per_corruption else "")
     return Table(caption, header, tuple(body), tuple(records), text_columns=3, note=note)
+
+
+def stream_tables(rows: Sequence[Row]) -> list[Table]:
+    """Mean accuracy over the corruptions, streams as rows and methods as columns: one table per model with several.
+
+    Methods whose rows hold for every stream stand in each with the same figure. As in the paper's table 8, but for all
+    methods.
+    """
+    tables = []
+    arranged = by_model(rows)
+    for model in dict.fromkeys(results.model for results in arranged):
+        streams = [results for results in arranged if results.model == model]
+        if len(streams) > 1:
+            methods = list(dict.fromkeys(method for results in streams for method in results.methods))
+            tables.append(_stream_table(model, streams, methods))
+    return tables
+
+
+def _stream_table(model: str, streams: Sequence[ModelResults], methods: Sequence[str]) -> Table:
+    body: list[tuple[Cell, ...]] = []
+    records: list[dict[str, Any]] = []
+    for results in streams:
+        means = [results.mean(method) if method in results.methods else None for method in methods]
+        estimates = [None if mean is None else (mean.mean, mean.low, mean.high) for mean in means]
+        body.append((Cell(results.stream), *_accuracy_cells(estimates, "half")))
+        for method, mean in zip(methods, means, strict=True):
+            if mean is not None:
+                bounds = {"accuracy": mean.mean, "low": mean.low, "high": mean.high, "interval": mean.how}
+                records.append({"model": model, "stream": results.stream, "method": method, **bounds})
+    caption = f"Mean accuracy of {model} in percent, by the order of the images"
+    note = "±: the larger distance to the bounds of the 95 % interval."
+    return Table(caption, ("stream", *methods), tuple(body), tuple(records), note=note)
 
 
 def format_p(p: float) -> str:
@@ -157,7 +189,7 @@ def _accuracy_records(results: ModelResults) -> list[dict[str, Any]]:
     """One record per cell with plain fractions, the means under the corruption "mean"."""
     records = []
     for method in results.methods:
-        names = {"model": results.model, "method": method}
+        names = {"model": results.title, "method": method}
         for row in (results.cells.get((method, column)) for column in results.columns):
             if row is not None:
                 keys = ("corruption", "severity", "images", "correct", "accuracy", "low", "high")
@@ -173,7 +205,7 @@ def _accuracy_records(results: ModelResults) -> list[dict[str, Any]]:
 
 
 def _caption(results: ModelResults) -> str:
-    caption = f"Accuracy of {results.model} in percent"
+    caption = f"Accuracy of {results.title} in percent"
     if len(results.severities) == 1 and results.severities != (0,):
         caption += f", severity {results.severities[0]}"
     images = sorted({row["images"] for row in results.cells.values()})

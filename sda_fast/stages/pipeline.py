@@ -42,9 +42,10 @@ class Stage:
 def run(
     config: RunConfig, *, quiet: bool | None = None, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Run every stage into `config.output`; returns {"rows", "seconds" by stage, "folders", "failures"}.
+    """Run every stage into `config.output`; returns {"rows", "seconds" by stage, "folders", "models", "failures", ...}.
 
-    "failures" holds, by the folder of the stage, what could not be read; everything else is done.
+    "models" holds, by classifier, its weights as "source" and, if it was fine-tuned, as "finetuned"; "failures", by
+    the folder of the stage, what could not be read; everything else is done.
 
     Stages that are finished are skipped and half-finished ones resumed, so the same call goes on after an
     interruption. Raises SdaError as the stages do, as far as possible before the first of them begins.
@@ -65,8 +66,19 @@ def run(
             rows += [{**row, "method": UNALIGNED} for row in result] if ablated else result
     failures = {str(stage.output): failed for stage in stages if (failed := read_failures(stage.output))}
     projected = {kind: str(folder) for kind, folder in _projected(config).items()}
-    folders = {"target": config.target, **projected}
-    return {"rows": rows, "seconds": seconds, "folders": folders, "failures": failures, "settings": asdict(config)}
+    tuned = {name: Path(config.output) / "finetuned" / "aligned" / name / MODEL for name in config.classifiers}
+    models = {
+        name: {"source": path, "finetuned": str(tuned[name]) if adapts(config) else None}
+        for name, path in config.classifiers.items()
+    }
+    return {
+        "rows": rows,
+        "seconds": seconds,
+        "folders": {"target": config.target, **projected},
+        "models": models,
+        "failures": failures,
+        "settings": asdict(config),
+    }
 
 
 def stages_of(config: RunConfig) -> list[Stage]:

@@ -22,6 +22,7 @@ COMMANDS = (
     "corrupt",
     "compare",
     "ablate",
+    "report",
 )
 REPORTING = [command for command in COMMANDS if command != "train-photos"]
 

@@ -1,10 +1,9 @@
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from sda_fast.report import accuracy_bars, make_row, picture_grid
+from sda_fast.report import Picture, PictureTable, picture_grid
+from sda_fast.report.pictures import table_grid
 
 
 def patches(count, size=32, seed=0):
@@ -79,43 +78,9 @@ def test_grid_refuses(tmp_path, columns, titles, scale, message):
     assert not list(tmp_path.iterdir())
 
 
-def bar_rows(methods, corruptions, models=("resnet",)):
-    rng = np.random.default_rng(0)
-    return [
-        make_row(method, model, corruption, 3, rng.random(50) < 0.5)
-        for model in models
-        for method in methods
-        for corruption in corruptions
-    ]
-
-
-def test_bars(tmp_path):
-    small = opened(accuracy_bars(bar_rows(["Source", "SDA"], ["fog", "snow"]), tmp_path / "small.png"))
-    two = bar_rows(["Source", "SDA"], [f"corruption_{i}" for i in range(15)], ["resnet", "convnext"])
-    large = opened(accuracy_bars(two, tmp_path / "large.png", chance=1 / 14))
-    assert large.shape[0] > small.shape[0]
-    assert large.shape[1] > small.shape[1]
-    for picture in (small, large):
-        for colour in ((0x99, 0x99, 0x99), (0x56, 0xB4, 0xE9)):  # both methods have been drawn
-            assert (picture == colour).all(axis=-1).sum() > 1000
-
-
-def test_bars_with_gaps_and_odd_names(tmp_path):
-    rows = bar_rows([f"$method_{i}$\n{{" for i in range(9)], ["fog", "snow"])
-    rows.append(make_row("other", "con$vnext", "fog", 3, [True] * 20))  # other methods, an interval of no width
-    assert opened(accuracy_bars(rows[1:], tmp_path / "bars.png")).size
-
-
-def test_bars_refuse(tmp_path):
-    with pytest.raises(ValueError, match="no results"):
-        accuracy_bars([], tmp_path / "bars.png")
-    assert not list(tmp_path.iterdir())
-
-
-def test_bars_leave_matplotlib_settings_alone(tmp_path):
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    accuracy_bars(bar_rows(["SDA"], ["fog"]), tmp_path / "bars.png")
-    assert dict(matplotlib.rcParams) == before
-    assert Image.open(io.BytesIO((tmp_path / "bars.png").read_bytes())).format == "PNG"
+def test_a_picture_table_as_a_grid(tmp_path):
+    images = patches(4, 24)
+    rows = tuple((f"row {i}", (Picture(images[2 * i], "a"), Picture(images[2 * i + 1], "b"))) for i in range(2))
+    picture = opened(table_grid(PictureTable("T", ("one", "other"), rows), tmp_path / "grid.png"))
+    for image in images:  # enlarged to 96 pixels
+        assert contains(picture, np.kron(image, np.ones((4, 4, 1), np.uint8)))
