@@ -31,6 +31,8 @@ class Sampler:
     Raises SdaError for settings out of range.
     """
 
+    batch_unit = 1  # what the batch must be a multiple of
+
     def __init__(
         self,
         dit: DiT,

@@ -18,7 +18,9 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; r
 Device = Annotated[str, typer.Option(help='Torch device, such as "cpu" or "cuda".')]
 Workers = Annotated[int, typer.Option(help="Processes, of one CPU thread each; results do not depend on it.")]
 Seed = Annotated[int, typer.Option(min=0, help="Key of all noise.")]
-BatchSize = Annotated[int, typer.Option(help="Images per network pass; changes last bits only.")]
+BatchSize = Annotated[
+    str, typer.Option(help="Images per network pass, or auto: what memory allows. Changes last bits only.")
+]
 Decoder = Annotated[str, typer.Option(help="pillow (published pixels), dali or dali-gpu (JPEGs by NVIDIA DALI).")]
 Engine = Annotated[str, typer.Option(help="How the network runs: eager, inductor, onnx or trt.")]
 Precision = Annotated[str, typer.Option(help="Of the network: fp32, bf16 or fp16; its ends stay fp32.")]
@@ -27,6 +29,10 @@ PhaseConvolutions = Annotated[
 ]
 Preset = Annotated[str | None, typer.Option(help="How published weights are built, such as imagenet256.")]
 _CORES = os.cpu_count() or 1
+
+
+def _batch_size(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _check_device(device: str) -> str:
@@ -56,7 +62,7 @@ def synthesize(
     clip: Annotated[bool, typer.Option("--clip", help="Clamp x_0 at every step (models of pixels).")] = False,
     engine: Engine = "eager",
     precision: Precision = "fp32",
-    batch_size: BatchSize = 10,
+    batch_size: BatchSize = "10",
     seed: Seed = 0,
     preset: Preset = None,
     vae: Annotated[Path | None, typer.Option(help="diffusers' AutoencoderKL, for a DiT of latents.")] = None,
@@ -77,7 +83,7 @@ def synthesize(
         "clip": clip,
         "engine": engine,
         "precision": precision,
-        "batch_size": batch_size,
+        "batch_size": _batch_size(batch_size),
         "seed": seed,
     }
     result = stage(
@@ -110,7 +116,7 @@ def align(
     engine: Engine = "eager",
     precision: Precision = "fp32",
     phase_convolutions: PhaseConvolutions = False,
-    batch_size: Annotated[str, typer.Option(help="Images per network pass, or auto: what memory allows.")] = "10",
+    batch_size: BatchSize = "10",
     decoder: Decoder = "pillow",
     seed: Seed = 0,
     preset: Preset = None,
@@ -135,7 +141,7 @@ def align(
         "engine": engine,
         "precision": precision,
         "phase_convolutions": phase_convolutions,
-        "batch_size": int(batch_size) if batch_size.isdecimal() else batch_size,
+        "batch_size": _batch_size(batch_size),
         "decoder": decoder,
         "seed": seed,
     }

@@ -4,8 +4,7 @@ import os
 
 import torch
 
-from sda_fast.engines.graph import trace
-from sda_fast.engines.memory import peak_bytes
+from sda_fast.engines.memory import needed_bytes
 from sda_fast.engines.steps import Step
 from sda_fast.errors import SdaError
 
@@ -20,11 +19,11 @@ _OUT_OF_MEMORY = (
 )
 
 
-def affordable_batch(step: Step, processes: int = 1, most: int = 64) -> int:
-    """How many images a run of the step may take at once: the largest power of two up to `most` whose activations
-    fill four fifths of a process's share of the memory that is free on the step's device; at least one."""
+def affordable_batch(step: Step, engine: str, processes: int = 1, most: int = 64) -> int:
+    """How many images a run of the step on that engine may take at once: the largest power of two up to `most` whose
+    activations fill four fifths of a process's share of the memory that is free on the step's device; at least one."""
     example = step.example(2)
-    needed = peak_bytes(trace(step, example)) / 2
+    needed = needed_bytes(step, example, engine) / 2
     if example[0].is_cuda:
         free, _ = torch.cuda.mem_get_info(example[0].device)
     else:

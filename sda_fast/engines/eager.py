@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from sda_fast.engines.base import versions
-from sda_fast.engines.graph import trace
-from sda_fast.engines.memory import peak_bytes
+from sda_fast.engines.memory import needed_bytes
 from sda_fast.engines.steps import Step
 
 
@@ -36,7 +35,7 @@ class EagerProgram:
         return self._step(first.contiguous(memory_format=self._format), *rest)
 
     def memory_needed(self) -> int:
-        return peak_bytes(trace(self._step, self._example))
+        return needed_bytes(self._step, self._example, "eager")
 
     def describe(self) -> dict[str, Any]:
         return {"engine": "eager", "precision": self._step.precision, **versions()}

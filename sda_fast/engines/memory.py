@@ -1,10 +1,43 @@
-"""Counts of a traced graph: the memory it needs and what its forward pass keeps for its backward pass."""
+"""Counts of a step: the memory it needs and what its forward pass keeps for its backward pass."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
+
+from sda_fast.engines.graph import trace
+from sda_fast.engines.steps import GuidedStep, Step
+
+
+def needed_bytes(step: Step, example: tuple[Tensor, ...], engine: str) -> int:
+    """Bytes of all activations alive at the worst moment of a run on that engine."""
+    graph = trace(step, example)
+    if engine == "eager" and isinstance(step, GuidedStep):
+        return peak_bytes(graph) - saved_bytes(graph) + autograd_bytes(step, example)
+    return peak_bytes(graph)
+
+
+def autograd_bytes(step: Step, example: tuple[Tensor, ...]) -> int:
+    """Bytes that PyTorch keeps for a backward pass when it runs the step as written: unlike a graph it keeps the inputs
+    of convolutions, which frozen weights do not need."""
+    kept: dict[int, Tensor] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        weights = {_storage(mode.from_tensor(t)) for t in (*step.parameters(), *step.buffers())}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[_storage(tensor)] = tensor  # the tensor as well, or another could get its place
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            step(*(mode.from_tensor(x) for x in example))
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def peak_bytes(graph: fx.GraphModule) -> int:

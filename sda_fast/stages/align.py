@@ -27,10 +27,10 @@ from sda_fast.data import (
 )
 from sda_fast.diffusion.guidance import Norm
 from sda_fast.engines import Precision
-from sda_fast.engines.batch_size import affordable_batch
 from sda_fast.errors import SdaError
 from sda_fast.models import ADM, load_adm, with_phase_convolutions
 from sda_fast.projector import Projector, Purifier
+from sda_fast.stages.batch_size import BatchSize, execution_batch, record_smaller
 from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.failures import Failures, report_listing, write_failures
 from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
@@ -57,7 +57,7 @@ class AlignSettings:
     engine: str = "eager"
     precision: Precision = "fp32"
     phase_convolutions: bool = False
-    batch_size: int | Literal["auto"] = 10
+    batch_size: BatchSize = 10
     seed: int = 0
     decoder: Decoder = "pillow"
 
@@ -126,9 +126,9 @@ def align(
     if Path(output).resolve().is_relative_to(Path(input).resolve()):
         raise SdaError(f"--output {output} lies in --input {input}: a second call would project projections; move it")
     out = open_output(output, "align", align_record(input, adm, settings, model.image_size))
-    batch_size = _batch_size(out, settings, adm, preset, device, workers) if is_first() else 0
-    if (others := ranks()) is not None:
-        batch_size = others.share(batch_size)
+    batch_size = execution_batch(
+        out, settings.batch_size, lambda: make_projection(load_adm(adm, preset).to(device), settings), workers
+    )
 
     size = settings.norm_group if grouped else 1
     groups = [[file.key for file in files[i : i + size]] for i in range(0, len(files), size)]
@@ -136,7 +136,7 @@ def align(
     by_key = {file.key: file for file in files}
     group_of = {key: group for group in groups for key in group} if grouped else {}
     # A worker among several cannot know its next batch; while it reads, the others compute.
-    foreseen = todo if workers == 1 and others is None else []
+    foreseen = todo if workers == 1 and ranks() is None else []
     failures = report_listing(listed) | run_batches(
         todo,
         _make_work,
@@ -214,30 +214,12 @@ def _make_work(
             for key, array in zip(arrays, projected, strict=True):
                 if not out.done(key):
                     write(array, out.path(key))
-            used = project.batch_size or batch_size
-            if used < batch_size and used < out.recorded().get("batch_size", batch_size):
-                out.record(batch_size=used)  # memory ran out: a resumed run need not find out again
+            record_smaller(out, batch_size, project.batch_size)
         if not foreseen or keys == foreseen[-1]:
             write.flush()
         return {files[key].name: reason for key, reason in reasons.items() if not out.done(key)}
 
     return work
-
-
-def _batch_size(
-    out: Output, settings: AlignSettings, adm: str | Path, preset: str | None, device: str, workers: int
-) -> int:
-    """What an earlier run ended with, what the settings say, or what fits into the device's memory."""
-    recorded = out.recorded().get("batch_size")
-    if recorded is not None:
-        return recorded
-    if settings.batch_size != "auto":
-        return settings.batch_size
-    project = make_projection(load_adm(adm, preset).to(device), settings)
-    most = affordable_batch(project.network.step, max(1, workers) * processes_here())
-    batch_size = max(1, most // project.batch_unit) * project.batch_unit
-    out.record(batch_size=batch_size)
-    return batch_size
 
 
 def _reason(key: str, unreadable: dict[str, str], group_of: dict[str, list[str]]) -> str | None:

@@ -13,6 +13,7 @@ from sda_fast.errors import SdaError
 from sda_fast.models import DiT, load_dit
 from sda_fast.models.vae import load_vae, vae_file
 from sda_fast.sampler import Sampler
+from sda_fast.stages.batch_size import BatchSize, execution_batch, record_smaller
 from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.manifest import Output, file_sha256, open_output
 from sda_fast.stages.ranks import is_first, ranks, wait_for_all
@@ -20,14 +21,17 @@ from sda_fast.stages.ranks import is_first, ranks, wait_for_all
 
 @dataclass(frozen=True)
 class SynthesizeSettings:
-    """Everything that changes a synthetic image; all of it stands in the manifest. Names are those of `Sampler`."""
+    """Everything that changes a synthetic image; all of it stands in the manifest. Names are those of `Sampler`.
+
+    batch_size: it changes last bits only; "auto" takes what fits into memory.
+    """
 
     respacing: str = "250"
     cfg_scale: float = 1.0
     clip: bool = False
     engine: str = "eager"
     precision: Precision = "fp32"
-    batch_size: int = 10
+    batch_size: BatchSize = 10
     seed: int = 0
 
 
@@ -60,11 +64,15 @@ def synthesize(
     out = open_output(output, "synthesize", synthesize_record(dit, vae, settings, names))
 
     keys = synthetic_keys(only or names, per_class)
-    todo = plan([[key] for key in keys], out.done, settings.batch_size)
+    batch_size = execution_batch(
+        out, settings.batch_size, lambda: make_sampler(load_dit(dit, preset).to(device), settings), workers
+    )
+    todo = plan([[key] for key in keys], out.done, batch_size)
+    foreseen = todo if workers == 1 and ranks() is None else []  # else no worker knows which batch is its last
     run_batches(
         todo,
         _make_work,
-        (dit, preset, vae, settings, names, device, out, todo[-1:] if workers == 1 and ranks() is None else []),
+        (dit, preset, vae, settings, batch_size, names, device, out, foreseen[-1:]),
         label="synthesis",
         total=len(keys),
         workers=workers,
@@ -126,9 +134,14 @@ def synthesize_record(
     return {**asdict(settings), "classes": list(names), "weights": weights}
 
 
-def make_sampler(dit: DiT, settings: SynthesizeSettings) -> Sampler:
-    """The sampler these settings describe. Raises SdaError for settings out of range."""
-    return Sampler(**{"dit": dit, **asdict(settings)})
+def make_sampler(dit: DiT, settings: SynthesizeSettings, batch_size: int | None = None) -> Sampler:
+    """The sampler these settings describe, in batches of `batch_size` or else as they say.
+
+    Raises SdaError for settings out of range.
+    """
+    if batch_size is None and settings.batch_size != "auto":
+        batch_size = settings.batch_size
+    return Sampler(**{"dit": dit, **asdict(settings), "batch_size": batch_size})
 
 
 def _class_names(model: DiT, classes: Sequence[str] | None, dit: str | Path) -> list[str]:
@@ -151,18 +164,20 @@ def _make_work(
     preset: str | None,
     vae: Path | None,
     settings: SynthesizeSettings,
+    batch_size: int,
     names: list[str],
     device: str,
     out: Output,
     last: list[list[str]],
 ) -> Work:
-    sampler, write = make_sampler(load_dit(dit, preset).to(device), settings), Writer()
+    sampler, write = make_sampler(load_dit(dit, preset).to(device), settings, batch_size), Writer()
     decoder = None if vae is None else load_vae(vae).to(device)
 
     def work(keys: list[str]) -> None:
         labels = [names.index(key.split("/")[0]) for key in keys]
         seeds = [identity("synthesize", key) for key in keys]
         images = sampler(labels, seeds=seeds)
+        record_smaller(out, batch_size, sampler.batch_size)
         if decoder is not None:
             with torch.no_grad():
                 images = decoder.decode(images)

@@ -17,8 +17,9 @@ from sda_fast.errors import SdaError
 from sda_fast.models import load_adm, load_dit
 from sda_fast.projector import Purifier
 from sda_fast.sampler import Sampler
-from sda_fast.stages import align as stage
+from sda_fast.stages import batch_size as chosen
 from sda_fast.stages.align import AlignSettings, align
+from sda_fast.stages.synthesize import SynthesizeSettings, synthesize
 
 SHORT = {"respacing": "6", "start": 3, "factor": 2}
 IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
@@ -272,7 +273,7 @@ def test_align_records_the_smaller_batch_and_goes_on_with_it(
 def test_a_batch_chosen_by_memory_is_recorded(
     tmp_path, images, tiny, pictures, monkeypatch, cramped, options, batch_size
 ):
-    monkeypatch.setattr(stage, "affordable_batch", lambda step, workers: 4)
+    monkeypatch.setattr(chosen, "affordable_batch", lambda step, engine, workers: 4)
     asked = cramped(64)
     options = {**ALIGN, **options}
     align(images, tmp_path / "auto", tiny.adm, AlignSettings(batch_size="auto", **options))
@@ -281,11 +282,31 @@ def test_a_batch_chosen_by_memory_is_recorded(
     align(images, tmp_path / "given", tiny.adm, AlignSettings(batch_size=batch_size, **options))
     assert pictures(tmp_path / "auto") == pictures(tmp_path / "given")
     # Another machine, or another moment: the run goes on as it began.
-    monkeypatch.setattr(stage, "affordable_batch", lambda step, workers: 1)
+    monkeypatch.setattr(chosen, "affordable_batch", lambda step, engine, workers: 1)
     (tmp_path / "auto" / "3.png").unlink()
     asked.clear()
     align(images, tmp_path / "auto", tiny.adm, AlignSettings(batch_size="auto", **options))
     assert set(asked) == {batch_size}
+    assert pictures(tmp_path / "auto") == pictures(tmp_path / "given")
+
+
+def test_synthesis_in_a_batch_that_memory_chose_and_then_halved(tmp_path, tiny, pictures, monkeypatch, cramped):
+    def run(folder, batch_size):
+        settings = SynthesizeSettings(respacing="3", batch_size=batch_size)
+        return synthesize(tmp_path / folder, tiny.dit, per_class=2, settings=settings)
+
+    run("given", 2)
+    monkeypatch.setattr(chosen, "affordable_batch", lambda step, engine, workers: 4)
+    asked = cramped(2)
+    run("auto", "auto")
+    assert asked[0] == 4
+    assert set(asked[1:]) == {2}
+    assert execution(tmp_path / "auto") == ({"batch_size": 2}, "auto")
+    assert pictures(tmp_path / "auto") == pictures(tmp_path / "given")
+    asked.clear()
+    next((tmp_path / "auto").rglob("*.png")).unlink()
+    assert run("auto", "auto")["synthesized"] == 1
+    assert set(asked) == {2}
     assert pictures(tmp_path / "auto") == pictures(tmp_path / "given")
 
 

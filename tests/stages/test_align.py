@@ -178,6 +178,7 @@ def test_the_manifest_says_what_was_done(tmp_path, images, tiny, settings):
     assert manifest["finished"]["images"] == 7
     assert manifest["settings"] == {
         "projection": "dda",
+        "phase_convolutions": False,
         "respacing": "10",
         "start": 5,
         "factor": 4,
