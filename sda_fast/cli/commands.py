@@ -215,6 +215,8 @@ def evaluate(
     resize: Annotated[
         bool, typer.Option(help="Enlarge as published (256, then a crop of 224), or go straight to the crop.")
     ] = True,
+    engine: Engine = "eager",
+    precision: Precision = "fp32",
     mce: Annotated[
         str | None, typer.Option(help="Mean corruption error too: against alexnet, or the errors in a JSON file.")
     ] = None,
@@ -233,6 +235,7 @@ def evaluate(
     if mce is not None:  # what does not fit shows before the work
         baseline, (files, _) = read_baseline(mce), find_images(input)
         check_baseline(mce, baseline, conditions(files, input), {file.class_name for file in files})
+    how: Any = {"engine": engine, "precision": precision}
     rows = stage(
         input,
         output,
@@ -248,6 +251,7 @@ def evaluate(
         batch_size=batch_size,
         decoder=decoder,
         resize=resize,
+        **how,
         device=_check_device(device),
     )
     tables = write_evaluation(output, rows, baseline, mce or "") if rows else []

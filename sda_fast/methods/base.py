@@ -37,6 +37,7 @@ class Method:
     ensemble: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
     on_request: ClassVar[bool] = False
+    differentiates: ClassVar[bool] = False  # goes back through the classifier, which must be the module itself
     per_image: bool = True
 
     def __init__(self, model: nn.Module, projector: "Projection | None" = None):

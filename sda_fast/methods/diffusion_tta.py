@@ -47,6 +47,7 @@ class DiffusionTTA(Adapting):
     """
 
     title = "Diffusion-TTA"
+    differentiates = True
     needs = ("dit",)
 
     def __init__(

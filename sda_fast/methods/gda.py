@@ -45,6 +45,7 @@ class GDA(Method):
     """
 
     title = "GDA"
+    differentiates = True
     needs = ("adm",)
     on_request = True
 

@@ -40,6 +40,7 @@ class MEMO(Adapting):
     """
 
     title = "MEMO"
+    differentiates = True
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class Tent(Adapting):
     """
 
     title = "Tent"
+    differentiates = True
     batchwise = True
     per_image = False
 

@@ -10,6 +10,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sda_fast.data import Decoder
+from sda_fast.engines import Precision
 from sda_fast.errors import SdaError
 from sda_fast.stages.align import AlignSettings
 from sda_fast.stages.synthesize import SynthesizeSettings
@@ -45,8 +46,8 @@ class FinetuneConfig:
 class EvaluateConfig:
     """methods: in the order of the table; ablation: also fine-tune on images that were not aligned (paper, table 4).
 
-    decoder and resize: how images are read and shown to the classifier, as in `evaluate`. options: by method, what its
-    class takes; seed: the key of what is random in a method.
+    decoder and resize: how images are read and shown to the classifier, engine and precision: how it runs, all as in
+    `evaluate`. options: by method, what its class takes; seed: the key of what is random in a method.
     """
 
     methods: tuple[str, ...] = ("source", "diffpure", "dda", "sda")
@@ -54,6 +55,8 @@ class EvaluateConfig:
     batch_size: int = 64
     decoder: Decoder = "pillow"
     resize: bool = True
+    engine: str = "eager"
+    precision: Precision = "fp32"
     seed: int = 0
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     ablation: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sda_fast.data import (
     EvaluationCrop,
@@ -25,6 +25,8 @@ from sda_fast.data import (
     to_unit,
 )
 from sda_fast.data.readers import Cropped, Reader
+from sda_fast.engines import Precision
+from sda_fast.engines.classifier import EngineClassifier
 from sda_fast.errors import SdaError
 from sda_fast.files import write_json
 from sda_fast.methods import METHODS, create, method_class
@@ -58,6 +60,8 @@ def evaluate(
     batch_size: int = 64,
     decoder: str = "pillow",
     resize: bool = True,
+    engine: str = "eager",
+    precision: Precision = "fp32",
     device: str = "cpu",
     quiet: bool | None = None,
 ) -> list[dict[str, Any]]:
@@ -76,6 +80,9 @@ def evaluate(
 
     resize: whether images are enlarged as the classifier's evaluation does, the short side to 256 before a crop of 224;
     if not, the short side goes straight to the crop, which leaves ImageNet-C's images of 224 pixels as they are.
+
+    engine, precision: how classifiers run in methods that only look at what they say; methods that go back through
+    them, or change them, run the module in float32.
 
     An image that cannot be read, or whose projection is missing or cannot be read, counts for no method; it stands in
     `<output>/failures.json`, as do projections without an original. A later call tries again.
@@ -98,8 +105,18 @@ def evaluate(
     chosen = _choose(methods, folders, adapted is not None, networks or {})
     options, presets, network = options or {}, presets or {}, network_files(networks or {}, presets or {})
     given: dict[str, Any] = {**load_networks(network, presets, device), "mode": mode, "seed": seed}
-    given["finetuned"] = adapted and adapted.to(device)
-    created = create_methods(chosen, source.to(device), given, options)
+    source = source.to(device)
+    plain = (engine, precision) == ("eager", "fp32")
+
+    def quick(classifier: Classifier) -> nn.Module:
+        if plain:
+            return classifier
+        quick = EngineClassifier(classifier, classifier.input_size, engine, precision, batch_size)
+        quick.check(device)
+        return quick
+
+    given["finetuned"] = adapted and quick(adapted.to(device))
+    created = create_methods(chosen, source, given, options, quick(source))
     needed = {p for m in chosen if (p := method_class(m).projection)}
     pairs = {kind: _pairs(files, folders[kind], kind, failures) for kind in sorted(needed)}
     crop = EvaluationCrop(source.input_size, source.resize if resize else source.input_size)
@@ -119,6 +136,8 @@ def evaluate(
         "batch_size": batch_size,
         "decoder": decoder,
         "resize": resize,
+        "engine": engine,
+        "precision": precision,
         "weights": weights,
     }
     out = open_output(output, "evaluate", settings)
@@ -215,9 +234,15 @@ def check_scoring(mode: str, batch_size: int) -> None:
 
 
 def create_methods(
-    names: Sequence[str], source: Classifier, given: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]
+    names: Sequence[str],
+    source: Classifier,
+    given: Mapping[str, Any],
+    options: Mapping[str, Mapping[str, Any]],
+    quick: nn.Module | None = None,
 ) -> list[Method]:
     """Methods with as much of what is given as their classes take, and each with its own options.
+
+    quick: takes the place of `source` in methods that do not differentiate it.
 
     Raises SdaError for options of a method that is not among them, or that its class does not take.
     """
@@ -227,7 +252,10 @@ def create_methods(
     def taken(name: str) -> dict[str, Any]:
         return {key: value for key, value in given.items() if key in signature(method_class(name)).parameters}
 
-    return [create(name, source, **{**taken(name), **options.get(name, {})}) for name in names]
+    def classifier(name: str) -> nn.Module:
+        return source if quick is None or method_class(name).differentiates else quick
+
+    return [create(name, classifier(name), **{**taken(name), **options.get(name, {})}) for name in names]
 
 
 def _groups(files: Sequence[ImageFile]) -> dict[str, list[ImageFile]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sda_fast.data import EvaluationCrop, find_images, label_indices, make_reader, read_classes
+from sda_fast.engines.classifier import EngineClassifier
 from sda_fast.errors import SdaError
 from sda_fast.methods import Method, method_class
 from sda_fast.methods.ensembles import MODES
@@ -105,7 +106,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
         settings = config.align if kind == "dda" else config.diffpure
         stages.append(Stage(f"project ({kind})", align, {**both, "settings": settings, **align_all}))
 
-    own = ("mode", "batch_size", "decoder", "resize", "seed")
+    own = ("mode", "batch_size", "decoder", "resize", "engine", "precision", "seed")
     scoring = {option: getattr(config.evaluate, option) for option in own}
     for name, path in classifiers.items():
         common = {"input": Path(config.target), "model": path, "projections": projected, "name": name, **scoring}
@@ -187,7 +188,10 @@ def check(config: RunConfig) -> None:
             raise SdaError(
                 f"class {foreign[0]!r} of DiT {config.dit} is none of {name}'s: give models of the same classes"
             )
-        make_reader(config.evaluate.decoder, EvaluationCrop(classifier.input_size, classifier.resize))
+        chosen = config.evaluate
+        make_reader(chosen.decoder, EvaluationCrop(classifier.input_size, classifier.resize))
+        how: Any = (chosen.engine, chosen.precision, chosen.batch_size)
+        EngineClassifier(classifier, classifier.input_size, *how).check(config.device)
         methods_of(config, classifier)
 
 
