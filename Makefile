@@ -13,12 +13,12 @@ OUT ?= build/gpu
 DEVICE ?= cuda
 TINY ?=
 PARTS_ops := ops-test ops-bench ops-sanitize
-PARTS_data := data_layer-test data-bench
+PARTS_data := data_layer-test data-bench data-pipeline
 PARTS_engines := engines-test engines-adm engines-dit
-PARTS_all := all-test projection-bench ops-bench ops-sanitize engines-adm engines-dit data-bench
+PARTS_all := all-test projection-bench ops-bench ops-sanitize engines-adm engines-dit data-bench data-pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench gpu gpu-install gpu-projection-bench gpu-ops-bench gpu-ops-sanitize gpu-engines-adm gpu-engines-dit clean
+.PHONY: help venv demo test lint bench gpu gpu-install gpu-projection-bench gpu-ops-bench gpu-ops-sanitize gpu-engines-adm gpu-engines-dit gpu-data-bench gpu-data-pipeline clean
 
 help:
 	@echo "make demo   both stages of SDA on real photographs: table, pictures, HTML report"
@@ -67,7 +67,7 @@ bench: venv
 # The package is run from where it is installed, never from its source folder, which lacks the compiled module: -P.
 gpu: gpu-install
 	@mkdir -p $(OUT)
-	$(MAKE) --no-print-directory --keep-going $(addprefix gpu-,$(or $(PARTS_$(PART)),$(if $(filter %-test %-bench %-sanitize %-adm %-dit,$(PART)),$(PART),$(PART)-test)))
+	$(MAKE) --no-print-directory --keep-going $(addprefix gpu-,$(or $(PARTS_$(PART)),$(if $(filter %-test %-bench %-sanitize %-adm %-dit %-pipeline,$(PART)),$(PART),$(PART)-test)))
 
 gpu-install:
 ifeq ($(DEVICE),cuda)
@@ -83,6 +83,10 @@ gpu-projection-bench:
 
 gpu-data-bench:
 	$(PYTHON) benchmarks/decode.py --device $(DEVICE) $(if $(TINY),--images 32 --repeats 1) --output $(OUT)
+
+# Goes on in the next call as well: weights (5.4 GB) and images stay in build/pipeline.
+gpu-data-pipeline:
+	$(PYTHON) benchmarks/pipeline.py --device $(DEVICE) $(if $(TINY),--tiny --engine eager --images 4 --batch-size 2) --output $(OUT)
 
 gpu-ops-bench:
 	@$(call run_benchmarks,$(PYTHON),--device $(DEVICE) $(if $(TINY),--tiny) --output $(OUT))

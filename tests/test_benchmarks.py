@@ -120,3 +120,76 @@ def test_the_calls_for_the_sanitizers():
     assert "nothing above was sanitised" in done.stdout
     for script in SCRIPTS:
         assert f"called {script.stem.removeprefix('bench_')} " in done.stdout
+
+
+@pytest.fixture
+def pipeline(monkeypatch, tmp_path, capsys):
+    """call(*arguments) of a tiny pipeline in `tmp_path`: the exit status, what was printed, all rows so far."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    main = importlib.import_module("pipeline").main
+    tiny = ["--device=cpu", "--tiny", "--engine=eager", "--images=4", "--batch-size=2"]
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["", *tiny, f"--work={tmp_path}", f"--output={tmp_path}", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        file = tmp_path / "pipeline.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return end.value.code, capsys.readouterr().out, rows
+
+    return call
+
+
+def test_the_pipeline_goes_on_in_the_next_call(pipeline, tmp_path):
+    assert pipeline("--minutes=-1") == (0, "LEFT for another call: synthesize, align, evaluate\n", [])
+
+    status, out, rows = pipeline()
+    assert status == 0, out
+    assert [row["stage"] for row in rows] == ["synthesize", "align", "evaluate"]
+    for row in rows:
+        assert row.items() >= {"benchmark": "pipeline", "tiny": True, "images": 4, "peak_bytes": None}.items()
+        assert row["images_per_second"] == pytest.approx(4 / row["seconds"])
+        assert "note" not in row
+    for row, steps in zip(rows, ({"respacing": "2"}, {"start": 2}), strict=False):
+        assert row["settings"].items() >= {"engine": "eager", "precision": "bf16", "batch_size": 2, **steps}.items()
+    results = tmp_path / "tiny" / "results"
+    assert [len(list((results / name).rglob("*.png"))) for name in ("synthetic", "projected")] == [4, 4]
+
+    # What a kill inside `align` leaves: an image is missing, and the rows from there on.
+    for lost in ("projected/class0/00003.png", "align.json", "evaluate.json"):
+        (results / lost).unlink()
+    status, out, rows = pipeline()
+    assert status == 0, out
+    assert [(row["stage"], row["images"]) for row in rows[3:]] == [("align", 1), ("evaluate", 4)]
+
+    assert pipeline("--minutes=-1")[1].startswith("LEFT for another call: synthesize"), "all done: it begins anew"
+
+
+def test_the_pipeline_without_diffusers(pipeline, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    status, out, rows = pipeline()
+    assert status == 0, out
+    assert [(row["stage"], row["images"]) for row in rows] == [("synthesize", 4), ("align", 4), ("evaluate", 4)]
+    assert ["latents alone" in row.get("note", "") for row in rows] == [True, False, False]
+
+
+def test_a_stage_of_the_pipeline_that_fails_has_no_figure(pipeline, tmp_path):
+    pipeline("--minutes=-1")
+    (tmp_path / "tiny" / "results" / "projected").mkdir()
+    (tmp_path / "tiny" / "results" / "projected" / "foreign").touch()
+    status, out, rows = pipeline()
+    assert status == 1
+    assert "align: FAILED: SdaError: --output" in out
+    assert ["failed" in row for row in rows] == [False, True, True]
+    assert not {"images", "seconds", "images_per_second"} & set(rows[1])
+    assert pipeline()[1].startswith("align: FAILED"), "what is measured is not measured again"
+
+
+def test_the_first_batch_is_set_apart(monkeypatch):
+    """It waits for weights and compilation."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("pipeline")
+    done = module.Done({}, images=6, finished=[90.0, 100.0, 100.5, 101.0, 101.5, 102.0])
+    rates = {"images_per_second": 0.06, "images_per_second_after_first_batch": 2.0}
+    assert module.figures(done, 100.0, batch_size=2) == {"images": 6, "seconds": 100.0, **rates}
+    assert "images_per_second_after_first_batch" not in module.figures(done, 100.0, batch_size=6)
