@@ -109,6 +109,7 @@ def align(
     phase_convolutions: PhaseConvolutions = False,
     batch_size: Annotated[str, typer.Option(help="Images per network pass, or auto: what memory allows.")] = "10",
     decoder: Decoder = "pillow",
+    format: Annotated[str, typer.Option(help="png, or original: JPEGs as JPEG of quality 75, as published.")] = "png",
     seed: Seed = 0,
     preset: Preset = None,
     device: Device = "cpu",
@@ -134,6 +135,7 @@ def align(
         "phase_convolutions": phase_convolutions,
         "batch_size": int(batch_size) if batch_size.isdecimal() else batch_size,
         "decoder": decoder,
+        "format": format,
         "seed": seed,
     }
     given = {name: value for name, value in values.items() if value is not None}

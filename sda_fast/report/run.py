@@ -83,6 +83,7 @@ def write_grid(folders: Mapping[str, str], path: Path, rows: int = 15) -> Path |
     columns.append(("corrupted", [file.path for _, file in chosen]))
     for kind in ("diffpure", "dda"):
         if kind in folders:
-            columns.append((TITLES[kind], [Path(folders[kind], f"{file.key}.png") for _, file in chosen]))
+            projections = {file.key: file.path for file in list_images(folders[kind])}
+            columns.append((TITLES[kind], [projections[file.key] for _, file in chosen]))
     pictures = [(title, [read_image(p) for p in paths]) for title, paths in columns]
     return picture_grid(pictures, [group.replace("/", " ") for group, _ in chosen], path)

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torchvision.utils import save_image
 
 import sda_fast
-from sda_fast.data import center_crop, identity, read_image, to_uint8, to_unit
+from sda_fast.data import center_crop, find_images, identity, read_image, to_uint8, to_unit
 from sda_fast.errors import SdaError
 from sda_fast.models import load_adm
 from sda_fast.projector import Projector, Purifier
@@ -70,6 +72,25 @@ def test_files_mirror_the_input_and_hold_what_the_projector_makes(tmp_path, imag
     for key, array in zip(keys, expected, strict=True):
         assert np.array_equal(read_image(tmp_path / "out" / f"{key}.png"), array)
         assert np.ptp(array) > 20  # a picture, not a constant
+
+
+@MODES
+def test_the_published_codes_files(tmp_path, images, tiny, settings):
+    """The same images, saved as torchvision does for the published code: under the input's name, which says how."""
+    align(images, tmp_path / "png", tiny.adm, settings)
+    settings = replace(settings, format="original")
+    align(images, tmp_path / "out", tiny.adm, settings)
+    for name in NAMES:
+        levels = torch.from_numpy(read_image((tmp_path / "png" / name).with_suffix(".png")))
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save_image(levels.permute(2, 0, 1) / 255, tmp_path / name)
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert len(find_images(tmp_path / "out")[0]) == len(NAMES)
+
+    torn = tmp_path / "out" / "b" / "4.JPEG"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    assert align(images, tmp_path / "out", tiny.adm, settings)["projected"] == (3 if settings.norm == "batch" else 1)
+    assert torn.read_bytes() == (tmp_path / "b" / "4.JPEG").read_bytes()
 
 
 def test_the_three_projections_differ(tmp_path, images, tiny, pictures):
@@ -188,7 +209,9 @@ def test_the_manifest_says_what_was_done(tmp_path, images, tiny, settings):
         "precision": "fp32",
         "batch_size": settings.batch_size,
         "seed": 0,
+        "phase_convolutions": False,
         "decoder": "pillow",
+        "format": "png",
         "image_size": 16,
         "input": str(images.resolve()),
         "input_made_with": None,
@@ -215,6 +238,7 @@ def test_published_settings_are_filled_in(kind, respacing, start):
         ({"batch_size": 5}, "batch_size = 4, this run has batch_size = 5"),
         ({"seed": 1}, "seed = 0, this run has seed = 1"),
         ({"projection": "diffpure"}, 'projection = "dda", this run has projection = "diffpure"'),
+        ({"format": "original"}, 'format = "png", this run has format = "original"'),
     ],
 )
 def test_other_settings_are_not_mixed_in(tmp_path, images, tiny, pictures, change, message):
@@ -263,6 +287,7 @@ def test_an_input_made_anew_with_other_settings_is_not_mixed_in(tmp_path, images
         ),
         ({"decoder": "turbo"}, "decoder 'turbo' is not known; choose from pillow, dali, dali-gpu"),
         ({"projection": "sdedit"}, "projection 'sdedit' is not known"),
+        ({"format": "jpeg"}, """format 'jpeg' is not known; choose "png" or "original\""""),
     ],
 )
 def test_wrong_settings_are_refused_before_the_folder_is_made(tmp_path, images, tiny, change, message):
