@@ -176,6 +176,8 @@ def strike(
     before = len(images_in(out))
     if moment == "start":
         wait_until(ended, START * delay)
+    elif before == images:  # the folder is whole: these come to their end
+        wait_until(ended)
     else:
         enough = images if moment == "last image" else min(before + more, images)
         wait_until(lambda: len(images_in(out)) >= enough or ended())

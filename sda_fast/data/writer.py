@@ -1,6 +1,6 @@
 """Writes the images of one batch while the network runs on the next."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,8 @@ class Writer:
         self._waiting.append(self._threads.submit(write, array, path))
 
     def flush(self) -> None:
-        """Wait until everything is written. Raises what went wrong with the first image that could not be."""
+        """Wait until everything is written that can be. Raises what went wrong with the first image that could not."""
         waiting, self._waiting = self._waiting, []
+        wait(waiting)
         for future in waiting:
             future.result()

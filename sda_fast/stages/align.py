@@ -33,7 +33,7 @@ from sda_fast.errors import SdaError
 from sda_fast.models import ADM, load_adm, with_phase_convolutions
 from sda_fast.projector import Projector, Purifier
 from sda_fast.stages.batches import Work, plan, run_batches
-from sda_fast.stages.failures import Failures, report_listing, write_failures
+from sda_fast.stages.failures import Failures, counting_what_is_done, report_listing, write_failures
 from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
 from sda_fast.stages.ranks import is_first, processes_here, ranks, wait_for_all
 
@@ -151,36 +151,31 @@ def align(
     size = settings.norm_group if grouped else 1
     groups = [[file.key for file in files[i : i + size]] for i in range(0, len(files), size)]
     by_key = {file.key: file for file in files}
-    todo = plan(groups, lambda key: out.done(key, settings.suffix(by_key[key])), batch_size)
+
+    def done(key: str) -> bool:
+        return out.done(key, settings.suffix(by_key[key]))
+
+    todo = plan(groups, done, batch_size)
     group_of = {key: group for group in groups for key in group} if grouped else {}
     # A worker among several cannot know its next batch; while it reads, the others compute.
     foreseen = todo if workers == 1 and others is None else []
-    failures = report_listing(listed) | run_batches(
-        todo,
-        _make_work,
-        (
-            adm,
-            preset,
-            settings,
-            batch_size,
-            device,
-            out,
-            by_key,
-            group_of,
-            foreseen,
-            reading_threads(max(1, workers) * processes_here()),
-        ),
-        label=f"{settings.projection} projection",
-        total=len(files),
-        workers=workers,
-        quiet=quiet,
-    )
+    threads = reading_threads(max(1, workers) * processes_here())
+    with counting_what_is_done(by_key, done):
+        failures = report_listing(listed) | run_batches(
+            todo,
+            _make_work,
+            (adm, preset, settings, batch_size, device, out, by_key, group_of, foreseen, threads),
+            label=f"{settings.projection} projection",
+            total=len(files),
+            workers=workers,
+            quiet=quiet,
+        )
     if is_first():
         write_failures(out.folder, failures)
         out.finish({"images": len(files), "failed": len(failures)})
     wait_for_all()
-    done = sum(file.name not in failures for batch in todo for file in map(by_key.__getitem__, batch))
-    return {"images": len(files), "projected": done, "failed": len(failures), "output": str(output)}
+    projected = sum(by_key[key].name not in failures for batch in todo for key in batch)
+    return {"images": len(files), "projected": projected, "failed": len(failures), "output": str(output)}
 
 
 def _make_work(

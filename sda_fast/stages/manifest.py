@@ -215,7 +215,10 @@ def _alive(pid: int) -> bool:
         return False
     except PermissionError:  # someone else's
         return True
-    return True
+    try:  # one that was killed but that nobody waits for, as in containers without an init, is dead too
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # not Linux
+        return True
 
 
 def _now() -> str:

@@ -14,6 +14,7 @@ from sda_fast.models import DiT, load_dit
 from sda_fast.models.vae import load_vae, vae_file
 from sda_fast.sampler import Sampler
 from sda_fast.stages.batches import Work, plan, run_batches
+from sda_fast.stages.failures import counting_what_is_done
 from sda_fast.stages.manifest import Output, file_sha256, open_output
 from sda_fast.stages.ranks import is_first, ranks, wait_for_all
 
@@ -79,15 +80,16 @@ def synthesize(
 
     keys = [f"{name}/{index:05d}" for name in dict.fromkeys(only or names) for index in range(per_class)]
     todo = plan([[key] for key in keys], out.done, settings.batch_size)
-    run_batches(
-        todo,
-        _make_work,
-        (dit, preset, vae, settings, names, device, out, todo[-1:] if workers == 1 and ranks() is None else []),
-        label="synthesis",
-        total=len(keys),
-        workers=workers,
-        quiet=quiet,
-    )
+    with counting_what_is_done(keys, out.done):
+        run_batches(
+            todo,
+            _make_work,
+            (dit, preset, vae, settings, names, device, out, todo[-1:] if workers == 1 and ranks() is None else []),
+            label="synthesis",
+            total=len(keys),
+            workers=workers,
+            quiet=quiet,
+        )
     if is_first():
         out.finish({"per_class": per_class, "images": len(keys)})
     wait_for_all()

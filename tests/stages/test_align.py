@@ -168,6 +168,24 @@ def test_a_killed_command_goes_on_to_the_same_files(tmp_path, images, tiny, pict
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_folder_that_cannot_be_written_stops_with_what_is_done(tmp_path, images, tiny, pictures, whole, cli, workers):
+    """A file stands in the way of the folder b; a full disk ends in the same place."""
+    out = tmp_path / "out"
+    align(images, out, tiny.adm, IMAGE)
+    shutil.rmtree(out / "b")
+    (out / "a" / "2.png").unlink()
+    (out / "b").touch()
+    options = ["--respacing", 10, "--start", 5, "--batch-size", 4, "--workers", workers]
+    said = cli("align", "-i", images, "-o", out, "--adm", tiny.adm, *options)
+    assert said.code == 2
+    assert said.err.startswith(f"sda-fast: {out / 'b' / '4.png'} cannot be written (")
+    assert " 4 of 7 images are done, 3 (b/4, b/5, b/6) are not: the same command goes on with them" in said.err
+    (out / "b").unlink()
+    assert align(images, out, tiny.adm, IMAGE)["projected"] == 3
+    assert pictures(out) == whole(IMAGE)
+
+
 def test_a_second_call_computes_nothing_and_a_torn_file_is_made_again(tmp_path, images, tiny, pictures, monkeypatch):
     align(images, tmp_path / "out", tiny.adm, IMAGE)
     expected = pictures(tmp_path / "out")
