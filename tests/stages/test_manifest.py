@@ -88,10 +88,11 @@ def test_what_a_process_left_behind_is_removed_even_if_nobody_waits_for_it(tmp_p
     process = subprocess.Popen([sys.executable, "-c", ""])
     while "Z" not in Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2]:
         time.sleep(0.001)
+    mine = tmp_path / temporary_name()
+    mine.touch()
     (tmp_path / f".sda-{machine_id()}-{process.pid}-0.tmp").touch()
-    (tmp_path / f".sda-{machine_id()}-{os.getpid()}-0.tmp").touch()
     open_output(tmp_path, "align", SETTINGS)
-    assert [path.name for path in tmp_path.glob(".sda-*")] == [f".sda-{machine_id()}-{os.getpid()}-0.tmp"]
+    assert list(tmp_path.glob(".sda-*")) == [mine]
     process.wait()
 
 
