@@ -127,10 +127,15 @@ def _plan_align(stage: Stage, config: RunConfig, rates: Rates, made: dict[Path, 
 
     out = check_output(stage.output, "align", record)
     keys = made[stage.output] = made[folder]
+    originals = {file.key: file for file in find_images(folder)[0]} if folder == Path(config.target) else {}
+
+    def done(key: str) -> bool:
+        return out.done(key, settings.suffix(originals[key]) if key in originals else ".png")
+
     guided = settings.projection == "dda"
     rate = rates.of("GuidedStep" if guided else "UnguidedStep", model, settings)
     each = settings.start * _step_flops(model, guided)
-    return _images(stage, str(folder), keys, out.done, each, model.image_size, rate, config.workers)
+    return _images(stage, str(folder), keys, done, each, model.image_size, rate, config.workers)
 
 
 def _plan_finetune(stage: Stage, config: RunConfig, rates: Rates, made: dict[Path, list[str]]) -> Planned:

@@ -8,13 +8,13 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from sda_fast.errors import SdaError
+from sda_fast.errors import WriteError
 
 
 def write_bytes(content: bytes, path: str | os.PathLike[str]) -> Path:
     """Write a file and return its path; a reader sees the earlier file or the new one, never a part.
 
-    Folders above `path` are made. Raises SdaError if it cannot be written; then nothing is left behind.
+    Folders above `path` are made. Raises WriteError if it cannot be written; then nothing is left behind.
     """
     path = Path(path)
     temporary = path.parent / temporary_name()
@@ -30,7 +30,7 @@ def write_bytes(content: bytes, path: str | os.PathLike[str]) -> Path:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise SdaError(f"{path} cannot be written ({error.strerror}): use another output folder.") from error
+        raise WriteError(f"{path} cannot be written ({error.strerror}): use another output folder.") from error
     return path
 
 

@@ -118,6 +118,7 @@ def align(
     phase_convolutions: PhaseConvolutions = False,
     batch_size: BatchSize = "10",
     decoder: Decoder = "pillow",
+    format: Annotated[str, typer.Option(help="png, or original: JPEGs as JPEG of quality 75, as published.")] = "png",
     seed: Seed = 0,
     preset: Preset = None,
     device: Device = "cpu",
@@ -143,6 +144,7 @@ def align(
         "phase_convolutions": phase_convolutions,
         "batch_size": _batch_size(batch_size),
         "decoder": decoder,
+        "format": format,
         "seed": seed,
     }
     given = {name: value for name, value in values.items() if value is not None}

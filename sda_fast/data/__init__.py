@@ -15,6 +15,7 @@ from sda_fast.data.images import (
     pair,
     read_image,
     shown,
+    write_jpeg,
     write_png,
 )
 from sda_fast.data.prefetch import Prefetcher
@@ -49,5 +50,6 @@ __all__ = [
     "to_uint8",
     "to_unit",
     "watermark",
+    "write_jpeg",
     "write_png",
 ]

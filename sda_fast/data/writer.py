@@ -1,13 +1,13 @@
 """Writes the images of one batch while the network runs on the next."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 
-from sda_fast.data.images import write_png
+from sda_fast.data.images import JPEG_SUFFIXES, write_jpeg, write_png
 
-_THREADS = 4  # compressing a PNG of 256x256 takes about 10 ms and does not hold Python's lock
+_THREADS = 4  # compressing 256x256 takes about 10 ms and does not hold Python's lock
 
 
 class Writer:
@@ -18,11 +18,13 @@ class Writer:
         self._waiting: list[Future[None]] = []
 
     def __call__(self, array: np.ndarray, path: Path) -> None:
-        """Write a uint8 image [H, W, 3], whole or not at all."""
-        self._waiting.append(self._threads.submit(write_png, array, path))
+        """Write a uint8 image [H, W, 3], whole or not at all: as JPEG if `path` ends like one, else as PNG."""
+        write = write_jpeg if path.suffix.lower() in JPEG_SUFFIXES else write_png
+        self._waiting.append(self._threads.submit(write, array, path))
 
     def flush(self) -> None:
-        """Wait until everything is written. Raises what went wrong with the first image that could not be."""
+        """Wait until everything is written that can be. Raises what went wrong with the first image that could not."""
         waiting, self._waiting = self._waiting, []
+        wait(waiting)
         for future in waiting:
             future.result()

@@ -119,7 +119,11 @@ def _columns(examples: Sequence[Example], projections: Mapping[str, str | Path])
     if len(originals) == len(examples):
         columns = {"original": originals, **columns}
     for kind in [*(k for k in TITLES if k in projections), *(k for k in projections if k not in TITLES)]:
-        columns[TITLES.get(kind, kind)] = [Path(projections[kind], f"{example.file.key}.png") for example in examples]
+        made = {file.key: file.path for file in list_images(projections[kind])}
+        missing = [example.file.name for example in examples if example.file.key not in made]
+        if missing:
+            raise SdaError(f"{projections[kind]} has no projection of {missing[0]}: align it first")
+        columns[TITLES.get(kind, kind)] = [made[example.file.key] for example in examples]
     return columns
 
 

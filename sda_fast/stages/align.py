@@ -25,6 +25,7 @@ from sda_fast.data import (
     to_uint8,
     to_unit,
 )
+from sda_fast.data.images import JPEG_SUFFIXES
 from sda_fast.diffusion.guidance import Norm
 from sda_fast.engines import Precision
 from sda_fast.errors import SdaError
@@ -32,7 +33,7 @@ from sda_fast.models import ADM, load_adm, with_phase_convolutions
 from sda_fast.projector import Projector, Purifier
 from sda_fast.stages.batch_size import BatchSize, execution_batch, record_smaller
 from sda_fast.stages.batches import Work, plan, run_batches
-from sda_fast.stages.failures import Failures, report_listing, write_failures
+from sda_fast.stages.failures import Failures, counting_what_is_done, report_listing, write_failures
 from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
 from sda_fast.stages.ranks import is_first, processes_here, ranks, wait_for_all
 
@@ -44,7 +45,8 @@ class AlignSettings:
     projection: "dda" (low-pass guidance) or "diffpure" (none, ancestral). respacing and start default to the
     published "100" and 50 for dda, "1000" and 150 for diffpure. phase_convolutions: see `sda_fast.models.phases`.
     batch_size is the execution batch: it changes last bits only; "auto" takes what fits into memory. decoder: how
-    images are read, see `sda_fast.data.readers`. The other names are those of `Projector`.
+    images are read, see `sda_fast.data.readers`. format: "png", or "original" for the published code's files, that is
+    JPEG of quality 75 under the input's own name if that is a JPEG's. The other names are those of `Projector`.
     """
 
     projection: Literal["dda", "diffpure"] = "dda"
@@ -60,13 +62,21 @@ class AlignSettings:
     batch_size: BatchSize = 10
     seed: int = 0
     decoder: Decoder = "pillow"
+    format: Literal["png", "original"] = "png"
 
     def resolved(self) -> "AlignSettings":
-        """The same with respacing and start filled in. Raises SdaError for an unknown projection."""
+        """The same with respacing and start filled in. Raises SdaError for an unknown projection or format."""
         if self.projection not in PUBLISHED:
             raise SdaError(f'projection {self.projection!r} is not known; choose "dda" or "diffpure"')
+        if self.format not in ("png", "original"):
+            raise SdaError(f'format {self.format!r} is not known; choose "png" or "original"')
         respacing, start = PUBLISHED[self.projection]
         return replace(self, respacing=self.respacing or respacing, start=start if self.start is None else self.start)
+
+    def suffix(self, file: ImageFile) -> str:
+        """Of the projection's file."""
+        jpeg = self.format == "original" and file.path.suffix.lower() in JPEG_SUFFIXES
+        return file.path.suffix if jpeg else ".png"
 
 
 PUBLISHED = {"dda": ("100", 50), "diffpure": ("1000", 150)}  # respacing and start
@@ -109,7 +119,7 @@ def align(
     workers: int = 1,
     quiet: bool | None = None,
 ) -> dict[str, Any]:
-    """Project every image below `input` into `output` as PNG under the same relative path; returns a summary.
+    """Project every image below `input` into `output` under the same relative path as PNG; returns a summary.
 
     Images are cut to the ADM's size as guided-diffusion crops. An image's result depends on its path, its pixels
     and the settings alone (with norm="batch" also on the others of its group, consecutive in the sorted list).
@@ -132,37 +142,32 @@ def align(
 
     size = settings.norm_group if grouped else 1
     groups = [[file.key for file in files[i : i + size]] for i in range(0, len(files), size)]
-    todo = plan(groups, out.done, batch_size)
     by_key = {file.key: file for file in files}
+
+    def done(key: str) -> bool:
+        return out.done(key, settings.suffix(by_key[key]))
+
+    todo = plan(groups, done, batch_size)
     group_of = {key: group for group in groups for key in group} if grouped else {}
     # A worker among several cannot know its next batch; while it reads, the others compute.
     foreseen = todo if workers == 1 and ranks() is None else []
-    failures = report_listing(listed) | run_batches(
-        todo,
-        _make_work,
-        (
-            adm,
-            preset,
-            settings,
-            batch_size,
-            device,
-            out,
-            by_key,
-            group_of,
-            foreseen,
-            reading_threads(max(1, workers) * processes_here()),
-        ),
-        label=f"{settings.projection} projection",
-        total=len(files),
-        workers=workers,
-        quiet=quiet,
-    )
+    threads = reading_threads(max(1, workers) * processes_here())
+    with counting_what_is_done(by_key, done):
+        failures = report_listing(listed) | run_batches(
+            todo,
+            _make_work,
+            (adm, preset, settings, batch_size, device, out, by_key, group_of, foreseen, threads),
+            label=f"{settings.projection} projection",
+            total=len(files),
+            workers=workers,
+            quiet=quiet,
+        )
     if is_first():
         write_failures(out.folder, failures)
         out.finish({"images": len(files), "failed": len(failures)})
     wait_for_all()
-    done = sum(file.name not in failures for batch in todo for file in map(by_key.__getitem__, batch))
-    return {"images": len(files), "projected": done, "failed": len(failures), "output": str(output)}
+    projected = sum(by_key[key].name not in failures for batch in todo for key in batch)
+    return {"images": len(files), "projected": projected, "failed": len(failures), "output": str(output)}
 
 
 def check_align(adm: str | Path, settings: AlignSettings, preset: str | None, device: str) -> ADM:
@@ -201,6 +206,9 @@ def _make_work(
     reader = make_reader(settings.decoder, DiffusionCrop(model.image_size), threads)
     read, write = Prefetcher(lambda keys: reader([files[key] for key in keys]), foreseen), Writer()
 
+    def done(key: str) -> bool:
+        return out.done(key, settings.suffix(files[key]))
+
     def work(keys: list[str]) -> Failures:
         cropped = dict(zip(keys, read(keys), strict=True))
         unreadable = {key: str(image) for key, image in cropped.items() if isinstance(image, SdaError)}
@@ -212,12 +220,12 @@ def _make_work(
             projected = to_uint8(project(images, seeds=seeds), "round")
             write.flush()
             for key, array in zip(arrays, projected, strict=True):
-                if not out.done(key):
-                    write(array, out.path(key))
+                if not done(key):
+                    write(array, out.path(key, settings.suffix(files[key])))
             record_smaller(out, batch_size, project.batch_size)
         if not foreseen or keys == foreseen[-1]:
             write.flush()
-        return {files[key].name: reason for key, reason in reasons.items() if not out.done(key)}
+        return {files[key].name: reason for key, reason in reasons.items() if not done(key)}
 
     return work
 

@@ -27,7 +27,7 @@ from sda_fast.data import (
 from sda_fast.data.corruptions import library_version
 from sda_fast.errors import SdaError
 from sda_fast.stages.batches import Work, plan, run_batches
-from sda_fast.stages.failures import Failures, report_listing, write_failures
+from sda_fast.stages.failures import Failures, counting_what_is_done, report_listing, write_failures
 from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
 from sda_fast.stages.ranks import alone
 
@@ -84,15 +84,16 @@ def corrupt_folder(
     variants += [f"{name}/{s}" for name in dict.fromkeys(corruptions) if name != WATERMARK for s in severities]
     groups = [[f"{variant}/{file.key}" for variant in variants] for file in files]
     todo = plan(groups, out.done, len(variants))
-    failures = report_listing(listed) | run_batches(
-        todo,
-        _make_work,
-        (settings, out, {file.key: file for file in files}),
-        label="corrupting",
-        total=len(files) * len(variants),
-        workers=workers,
-        quiet=quiet,
-    )
+    with counting_what_is_done([key for group in groups for key in group], out.done):
+        failures = report_listing(listed) | run_batches(
+            todo,
+            _make_work,
+            (settings, out, {file.key: file for file in files}),
+            label="corrupting",
+            total=len(files) * len(variants),
+            workers=workers,
+            quiet=quiet,
+        )
     write_failures(out.folder, failures)
     images = (len(files) - sum(file.name in failures for file in files)) * len(variants)
     summary = {"images": images, "failed": len(failures)}

@@ -1,11 +1,12 @@
 """What a stage could not do: gathered while it goes on with the rest, written beside its results, named at the end."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from sda_fast.data import shown
-from sda_fast.errors import SdaError
+from sda_fast.errors import SdaError, WriteError
 from sda_fast.files import write_json
 
 FAILURES = "failures.json"
@@ -41,6 +42,21 @@ def sentence(folder: str | Path, failures: Mapping[str, str]) -> str:
     count = f"{len(failures)} file{'s' * (len(failures) > 1)} of the input"
     path = shown(str(Path(folder) / FAILURES))
     return f"all is done but {count} ({first}): {path} says why; mend or remove them and give the same command again"
+
+
+@contextmanager
+def counting_what_is_done(keys: Iterable[str], done: Callable[[str], bool]) -> Iterator[None]:
+    """If the block stops because a file cannot be written, the error also says what is done and what is missing."""
+    try:
+        yield
+    except WriteError as error:
+        keys = list(keys)
+        missing = [shown(key) for key in keys if not done(key)]
+        names = ", ".join(missing[:3] + ["..."] * (len(missing) > 3))
+        raise WriteError(
+            f"{error} {len(keys) - len(missing)} of {len(keys)} images are done, {len(missing)} ({names}) are not: "
+            "the same command goes on with them once they can be written."
+        ) from error
 
 
 def report_listing(listed: Mapping[str, str]) -> Failures:

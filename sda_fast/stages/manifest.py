@@ -1,6 +1,6 @@
 """What an output folder says about itself: how a stage opens one, resumes in it, refuses to mix settings.
 
-The folder holds one PNG per image under the image's key and `manifest.json`:
+The folder holds one file per image under the image's key, a PNG unless the stage says otherwise, and `manifest.json`:
 
     {"format": 1, "stage": "align", "settings": {...}, "version": "0.1.0", "created": "2026-01-01T00:00:00",
      "finished": {"at": "2026-01-01T01:00:00", ...}}
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from sda_fast.data.images import JPEG_SUFFIXES
 from sda_fast.errors import SdaError
 from sda_fast.files import machine_id, temporary_name, write_json
 
@@ -33,8 +34,8 @@ KEYS = {"format", "stage", "settings", "version", "created"}
 _TEMPORARY = re.compile(r"\.sda-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-\d+\.tmp")
 # No single file takes that long to write: what is older was left by a process nobody can ask about any more.
 _ABANDONED_SECONDS = 24 * 3600
-_PNG_START = b"\x89PNG\r\n\x1a\n"
-_PNG_END = b"IEND\xaeB`\x82"
+_PNG_ENDS = (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")  # how a file starts and ends
+_JPEG_ENDS = (b"\xff\xd8\xff", b"\xff\xd9")
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,21 @@ class Output:
     settings: dict[str, Any]
     resumed: bool
 
-    def path(self, key: str) -> Path:
+    def path(self, key: str, suffix: str = ".png") -> Path:
         """Where the image of this key belongs. Raises SdaError for a key that leads out of the folder."""
         if not key or PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
             raise SdaError(f"{key!r} is no place inside {self.folder}: keys are relative paths without '..'.")
-        return self.folder / f"{key}.png"
+        return self.folder / f"{key}{suffix}"
 
-    def done(self, key: str) -> bool:
-        """Whether the image of this key is there and whole: begins and ends as a PNG file does."""
+    def done(self, key: str, suffix: str = ".png") -> bool:
+        """Whether the image of this key is there and whole: starts and ends as a file of this suffix, JPEG or PNG."""
+        start, end = _JPEG_ENDS if suffix.lower() in JPEG_SUFFIXES else _PNG_ENDS
         try:
-            with open(self.path(key), "rb") as file:
-                if file.read(len(_PNG_START)) != _PNG_START:
+            with open(self.path(key, suffix), "rb") as file:
+                if file.read(len(start)) != start:
                     return False
-                file.seek(-len(_PNG_END), os.SEEK_END)
-                return file.read() == _PNG_END
+                file.seek(-len(end), os.SEEK_END)
+                return file.read() == end
         except OSError:
             return False
 
@@ -246,7 +248,10 @@ def _alive(pid: int) -> bool:
         return False
     except PermissionError:  # someone else's
         return True
-    return True
+    try:  # one that was killed but that nobody waits for, as in containers without an init, is dead too
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # not Linux
+        return True
 
 
 def _now() -> str:

@@ -17,6 +17,7 @@ from sda_fast.errors import SdaError
 
 _PIECE = 4 * 2**20  # bytes; the store refuses values of more than 8 MiB
 _PATIENCE = timedelta(days=30)  # torchrun ends all processes when one dies; until then a slow one is waited for
+_GREETING = timedelta(seconds=60)  # torchrun's store is there before the processes: it can only be gone with torchrun
 
 
 class Ranks:
@@ -94,10 +95,12 @@ def ranks() -> Ranks | None:
     """The processes of this run, or None if torchrun started one or none. Raises SdaError if they do not meet."""
     if int(os.environ.get("WORLD_SIZE", 1)) <= 1:
         return None
+    from torch.distributed.constants import default_pg_timeout
     from torch.distributed.rendezvous import rendezvous
 
+    timeout = _GREETING if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else default_pg_timeout
     try:
-        store, rank, size = next(iter(rendezvous("env://")))
+        store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
     except (ValueError, RuntimeError) as error:
         raise SdaError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not meet ({str(error).splitlines()[0]}): "

@@ -15,6 +15,7 @@ from sda_fast.models.vae import load_vae, vae_file
 from sda_fast.sampler import Sampler
 from sda_fast.stages.batch_size import BatchSize, execution_batch, record_smaller
 from sda_fast.stages.batches import Work, plan, run_batches
+from sda_fast.stages.failures import counting_what_is_done
 from sda_fast.stages.manifest import Output, file_sha256, open_output
 from sda_fast.stages.ranks import is_first, ranks, wait_for_all
 
@@ -69,15 +70,16 @@ def synthesize(
     )
     todo = plan([[key] for key in keys], out.done, batch_size)
     foreseen = todo if workers == 1 and ranks() is None else []  # else no worker knows which batch is its last
-    run_batches(
-        todo,
-        _make_work,
-        (dit, preset, vae, settings, batch_size, names, device, out, foreseen[-1:]),
-        label="synthesis",
-        total=len(keys),
-        workers=workers,
-        quiet=quiet,
-    )
+    with counting_what_is_done(keys, out.done):
+        run_batches(
+            todo,
+            _make_work,
+            (dit, preset, vae, settings, batch_size, names, device, out, foreseen[-1:]),
+            label="synthesis",
+            total=len(keys),
+            workers=workers,
+            quiet=quiet,
+        )
     if is_first():
         out.finish({"per_class": per_class, "images": len(keys)})
     wait_for_all()

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torchvision.utils import save_image
 
 import sda_fast
-from sda_fast.data import center_crop, identity, read_image, to_uint8, to_unit
+from sda_fast.data import center_crop, find_images, identity, read_image, to_uint8, to_unit
 from sda_fast.errors import SdaError
 from sda_fast.models import load_adm
 from sda_fast.projector import Projector, Purifier
@@ -70,6 +72,25 @@ def test_files_mirror_the_input_and_hold_what_the_projector_makes(tmp_path, imag
     for key, array in zip(keys, expected, strict=True):
         assert np.array_equal(read_image(tmp_path / "out" / f"{key}.png"), array)
         assert np.ptp(array) > 20  # a picture, not a constant
+
+
+@MODES
+def test_the_published_codes_files(tmp_path, images, tiny, settings):
+    """The same images, saved as torchvision does for the published code: under the input's name, which says how."""
+    align(images, tmp_path / "png", tiny.adm, settings)
+    settings = replace(settings, format="original")
+    align(images, tmp_path / "out", tiny.adm, settings)
+    for name in NAMES:
+        levels = torch.from_numpy(read_image((tmp_path / "png" / name).with_suffix(".png")))
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save_image(levels.permute(2, 0, 1) / 255, tmp_path / name)
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert len(find_images(tmp_path / "out")[0]) == len(NAMES)
+
+    torn = tmp_path / "out" / "b" / "4.JPEG"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    assert align(images, tmp_path / "out", tiny.adm, settings)["projected"] == (3 if settings.norm == "batch" else 1)
+    assert torn.read_bytes() == (tmp_path / "b" / "4.JPEG").read_bytes()
 
 
 def test_the_three_projections_differ(tmp_path, images, tiny, pictures):
@@ -147,6 +168,24 @@ def test_a_killed_command_goes_on_to_the_same_files(tmp_path, images, tiny, pict
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_folder_that_cannot_be_written_stops_with_what_is_done(tmp_path, images, tiny, pictures, whole, cli, workers):
+    """A file stands in the way of the folder b; a full disk ends in the same place."""
+    out = tmp_path / "out"
+    align(images, out, tiny.adm, IMAGE)
+    shutil.rmtree(out / "b")
+    (out / "a" / "2.png").unlink()
+    (out / "b").touch()
+    options = ["--respacing", 10, "--start", 5, "--batch-size", 4, "--workers", workers]
+    said = cli("align", "-i", images, "-o", out, "--adm", tiny.adm, *options)
+    assert said.code == 2
+    assert said.err.startswith(f"sda-fast: {out / 'b' / '4.png'} cannot be written (")
+    assert " 4 of 7 images are done, 3 (b/4, b/5, b/6) are not: the same command goes on with them" in said.err
+    (out / "b").unlink()
+    assert align(images, out, tiny.adm, IMAGE)["projected"] == 3
+    assert pictures(out) == whole(IMAGE)
+
+
 def test_a_second_call_computes_nothing_and_a_torn_file_is_made_again(tmp_path, images, tiny, pictures, monkeypatch):
     align(images, tmp_path / "out", tiny.adm, IMAGE)
     expected = pictures(tmp_path / "out")
@@ -190,6 +229,7 @@ def test_the_manifest_says_what_was_done(tmp_path, images, tiny, settings):
         "batch_size": settings.batch_size,
         "seed": 0,
         "decoder": "pillow",
+        "format": "png",
         "image_size": 16,
         "input": str(images.resolve()),
         "input_made_with": None,
@@ -216,6 +256,7 @@ def test_published_settings_are_filled_in(kind, respacing, start):
         ({"batch_size": 5}, "batch_size = 4, this run has batch_size = 5"),
         ({"seed": 1}, "seed = 0, this run has seed = 1"),
         ({"projection": "diffpure"}, 'projection = "dda", this run has projection = "diffpure"'),
+        ({"format": "original"}, 'format = "png", this run has format = "original"'),
     ],
 )
 def test_other_settings_are_not_mixed_in(tmp_path, images, tiny, pictures, change, message):
@@ -264,6 +305,7 @@ def test_an_input_made_anew_with_other_settings_is_not_mixed_in(tmp_path, images
         ),
         ({"decoder": "turbo"}, "decoder 'turbo' is not known; choose from pillow, dali, dali-gpu"),
         ({"projection": "sdedit"}, "projection 'sdedit' is not known"),
+        ({"format": "jpeg"}, """format 'jpeg' is not known; choose "png" or "original\""""),
     ],
 )
 def test_wrong_settings_are_refused_before_the_folder_is_made(tmp_path, images, tiny, change, message):

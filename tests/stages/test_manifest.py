@@ -84,6 +84,18 @@ def test_a_setting_that_went_away_and_another_stage_are_refused(tmp_path):
         open_output(tmp_path, "align", SETTINGS, resume=False)
 
 
+def test_what_a_process_left_behind_is_removed_even_if_nobody_waits_for_it(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    while "Z" not in Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2]:
+        time.sleep(0.001)
+    mine = tmp_path / temporary_name()
+    mine.touch()
+    (tmp_path / f".sda-{machine_id()}-{process.pid}-0.tmp").touch()
+    open_output(tmp_path, "align", SETTINGS)
+    assert list(tmp_path.glob(".sda-*")) == [mine]
+    process.wait()
+
+
 def test_a_folder_with_other_things_is_refused(tmp_path):
     (tmp_path / ".hidden").write_bytes(b"")
     (tmp_path / "holiday.png").write_bytes(b"")

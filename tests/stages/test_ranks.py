@@ -1,15 +1,19 @@
 """align and synthesize under torchrun: one, two and three processes, one of them killed, and what they refuse."""
 
+import importlib.util
+import json
 import os
+import socket
 import subprocess
 import sys
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from sda_fast.errors import SdaError
 from sda_fast.stages import ranks
 from sda_fast.stages.align import AlignSettings, align
-from sda_fast.stages.synthesize import SynthesizeSettings, synthesize
 
 ALIGN = AlignSettings(respacing="10", start=3, factor=2, batch_size=2)
 
@@ -17,6 +21,18 @@ ALIGN = AlignSettings(respacing="10", start=3, factor=2, batch_size=2)
 @pytest.fixture
 def images(tmp_path, write_images):
     return write_images(tmp_path / "images", [f"{i}.png" for i in range(7)], size=(20, 24))
+
+
+@pytest.fixture
+def kills():
+    """The script benchmarks/kills.py."""
+    path = Path(__file__).parents[2] / "benchmarks" / "kills.py"
+    spec = importlib.util.spec_from_file_location("kills", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kills"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["kills"]
 
 
 def torchrun(processes, *arguments):
@@ -43,13 +59,39 @@ def test_any_number_of_processes_makes_the_same_files(tmp_path, images, tiny, pi
     assert '"failed": 1' in (tmp_path / "out" / "manifest.json").read_text()
 
 
-def test_synthesis_is_shared_too(tmp_path, tiny, pictures):
-    settings = SynthesizeSettings(respacing="10", batch_size=2)
-    synthesize(tmp_path / "one", tiny.dit, 3, settings=settings)
-    options = ["--per-class", 3, "--respacing", 10, "--batch-size", 2]
-    run = torchrun(2, "synthesize", "-o", tmp_path / "out", "--dit", tiny.dit, *options)
-    assert run.returncode == 0, run.stderr
-    assert pictures(tmp_path / "out") == pictures(tmp_path / "one"), run.stderr
+def test_synthesis_is_shared_too_and_survives_kills(kills):
+    """Two processes, killed twice, make the files of one: a piece of what benchmarks/results/kills.json holds."""
+    command = [sys.executable, "-P", kills.__file__, "--stage", "synthesize", "--kills", "2", "--images", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    row = json.loads(run.stdout)["stages"]["synthesize"]
+    assert row.items() >= {"kills": 2, "images_per_folder": 14, "identical": True, "difference": None}.items()
+    assert row["before_the_first_image"] < 2
+
+
+def test_no_difference_between_folders_is_overlooked(tmp_path, kills):
+    manifest = {"created": "1", "settings": {"seed": 0}, "finished": {"at": "1", "images": 2}}
+    for name in ("one", "two"):
+        folder = tmp_path / name / "a"
+        folder.mkdir(parents=True)
+        (folder / "1.png").write_bytes(b"1")
+        (folder.parent / "manifest.json").write_text(json.dumps(manifest))
+    expected, two = kills.contents(tmp_path / "one"), tmp_path / "two"
+
+    def difference():
+        return kills.first_difference(expected, kills.contents(two))
+
+    (two / "manifest.json").write_text(json.dumps({**manifest, "created": "2", "finished": {"at": "2", "images": 2}}))
+    assert difference() is None
+    (two / "manifest.json").write_text(json.dumps({**manifest, "finished": {"at": "2", "images": 1}}))
+    assert difference() == "manifest.json differs"
+    (two / "a" / "1.png").write_bytes(b"2")
+    assert difference() == "a/1.png differs"
+    (two / "a" / ".sda-0-1-2.tmp").touch()
+    assert difference() == "a/.sda-0-1-2.tmp should not be there"
+    (two / "a" / ".sda-0-1-2.tmp").unlink()
+    (two / "a" / "1.png").unlink()
+    assert difference() == "a/1.png is missing"
 
 
 class FakeStore:
@@ -95,6 +137,19 @@ def test_processes_that_torchrun_did_not_start(two_processes, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SdaError, match=r"WORLD_SIZE is 2, but the processes do not meet .*: start them with torchrun"):
         ranks.alone("evaluate")
+
+
+def test_processes_that_torchrun_left_behind(two_processes, monkeypatch):
+    """It was killed while they started, and its store, for which the first of many machines is waited long, is gone."""
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))  # and nobody listens
+        port = unheard.getsockname()[1]
+        values = {"RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(ranks, "_GREETING", timedelta(seconds=1))
+        with pytest.raises(SdaError, match=r"the processes do not meet \(.*1000ms.*\): start them with torchrun"):
+            ranks.is_first()
 
 
 def test_what_does_not_go_with_several_processes(tmp_path, tiny, images, monkeypatch):
