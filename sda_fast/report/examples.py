@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sda_fast.data import EvaluationCrop, ImageFile, center_crop, list_images, read_image, to_unit
+from sda_fast.errors import SdaError
 from sda_fast.report.grad_cam import class_activation, overlay
 from sda_fast.report.pictures import Picture, PictureTable, Pixels
 
