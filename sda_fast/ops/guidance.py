@@ -14,6 +14,8 @@ from sda_fast.ops._backend import DTYPES, core, dtype_code, on_device_of, select
 from sda_fast.reference import guidance as plain
 
 VERSIONS = ("cuda", "cpp", "triton", "plain")
+MAX_ELEMENTS = 2**30  # per image
+MAX_ROWS = 2**31 - 1  # of all images: what a grid of blocks can count
 TABLE_COLUMNS = 8  # of Schedule.step_table; the first two are a and b
 
 
@@ -52,7 +54,8 @@ def guidance(
     Returns cotangent [N, C, n, n] in out's dtype and memory format, squares float32 [N] and, if return_x0, x0 float32
     [N, C, n, n] in x's memory format. On a backend an image's results do not depend on the others in its batch.
 
-    Raises SdaError for a wrong shape, dtype, device or stride.
+    Raises SdaError for a wrong shape, dtype, device or stride, and for more than 2^30 elements per image or 2^31 - 1 rows
+    of pixels in all.
     """
     _check(x, out, reference_down, down, gram, table, position)
     operator = torch.ops.sda_fast.guidance_x0 if return_x0 else torch.ops.sda_fast.guidance
@@ -106,7 +109,7 @@ def _fill(
     table: Tensor,
     position: Tensor,
 ) -> None:
-    version = select("guidance", x.device, VERSIONS)
+    version = select("guidance", x.device, VERSIONS, lambda version: _too_large_for(version, x, out, down))
     if version == "plain":
         results = plain.guidance(x, out, reference_down, down, gram, table, position)
         for target, result in zip((cotangent, squares, x0), results, strict=True):
@@ -154,6 +157,14 @@ def _fill(
             c.guidance_cuda(tensors, workspace.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
 
+def _too_large_for(version: str, x: Tensor, out: Tensor, down: Tensor) -> str:
+    """Why a version does not take these sizes: the CUDA one holds whole rows in shared memory."""
+    channels, size = x.shape[1:3]
+    if version != "cuda" or core().guidance_cuda_fits(channels, size, len(down), _interleaved(out)):
+        return ""
+    return f"rows of {size} pixels, to be reduced to {len(down)}, exceed a block's shared memory"
+
+
 def _interleaved(x: Tensor) -> bool:
     """Whether x [N, C, H, W] has its channels side by side, as channels_last, rather than its columns."""
     return x.stride(3) != 1 and x.stride(1) == 1
@@ -177,6 +188,10 @@ def _check(
     if x.dim() != 4 or x.shape[1] == 0 or x.shape[2] == 0 or x.shape[2] != x.shape[3]:
         raise SdaError(f"x has shape {tuple(x.shape)}; guidance needs square images [N, C, n, n].")
     images, channels, n, _ = x.shape
+    if channels * n * n > MAX_ELEMENTS:
+        raise SdaError(f"x has shape {tuple(x.shape)}; guidance counts at most 2^30 elements per image: cut the image.")
+    if images * channels * n > MAX_ROWS:
+        raise SdaError(f"x has shape {tuple(x.shape)}; guidance counts at most 2^31 - 1 rows: pass fewer images.")
     if down.dim() != 2 or down.shape[1] != n or down.shape[0] == 0 or n % down.shape[0]:
         raise SdaError(
             f"down has shape {tuple(down.shape)}; guidance needs LowPass's matrix [n/D, n] for the image size n = {n} "

@@ -337,6 +337,8 @@ def test_tracing_and_compiling():
 NAMES = ("x", "out", "reference_down", "down", "gram", "table", "position")
 MISTAKES = {
     "x has shape \\(2, 3, 16\\)": dict(x=torch.zeros(2, 3, 16)),
+    "at most 2\\^30 elements per image: cut": dict(x=torch.zeros(1).expand(1, 3, 20000, 20000)),
+    "at most 2\\^31 - 1 rows: pass fewer images": dict(x=torch.zeros(1).expand(2**28, 2, 4, 4)),
     "square images": dict(x=torch.zeros(2, 3, 16, 15)),
     "out has shape \\(2, 4, 16, 16\\); .* \\[2, 3 or 6, 16, 16\\]": dict(out=torch.zeros(2, 4, 16, 16)),
     "a factor D that divides it": dict(down=torch.zeros(3, 16)),
@@ -417,6 +419,12 @@ def test_on_the_device(backend):
     cotangent, squares, _ = run(only_x(torch.zeros(2, 3, 16, 16), 4))
     assert not cotangent.any()
     assert not squares.any()
+
+
+@pytest.mark.gpu
+def test_rows_beyond_shared_memory_on_the_device():
+    args = arguments(Sizes(1, 1, 1, 2500, 4))
+    assert_as_good_as_plain([r.cpu() for r in guidance(*(a.cuda() for a in args), return_x0=True)], args)
 
 
 @pytest.mark.parametrize("index", [-1, 100, 2**40])

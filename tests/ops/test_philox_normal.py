@@ -239,26 +239,6 @@ def test_mistakes(message):
         philox_normal(**arguments)
 
 
-def test_choice_of_backend(monkeypatch):
-    def draw():
-        return philox_normal((1, 2), seed=0, identities=[0], step=0)
-
-    with pytest.raises(SdaError, match="takes one of plain, cpp, triton, cuda"), ops.backend("numpy"):
-        pass
-    with pytest.raises(SdaError, match="for NVIDIA GPUs"), ops.backend("cuda"):
-        draw()
-    with pytest.raises(SdaError, match="TRITON_INTERPRET"), ops.backend("triton"):
-        draw()
-    monkeypatch.setenv("SDA_FAST_BACKEND", "gpu")
-    with pytest.raises(SdaError, match="SDA_FAST_BACKEND got 'gpu'"):
-        draw()
-    monkeypatch.setenv("SDA_FAST_BACKEND", "cuda")
-    with ops.backend("cpp"):
-        draw()
-    with pytest.raises(SdaError, match="cannot run as 'cuda' on cpu"):
-        draw()
-
-
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_triton_compiles(compile_triton, capability, contiguous):
