@@ -201,10 +201,13 @@ class NormLayout(NamedTuple):
 
 def norm_layout(x: Tensor, name: str) -> NormLayout:
     """The layout of x [N, C, ...]. Raises SdaError where an image is neither contiguous nor channels_last."""
-    try:
-        layout = _known_layout(x.shape, x.stride())
-    except TypeError:  # sizes that are symbols cannot be looked up
+    if torch.compiler.is_compiling():  # Dynamo traces the function itself, and warns of a cache
         layout = _layout(x.shape, x.stride())
+    else:
+        try:
+            layout = _known_layout(x.shape, x.stride())
+        except TypeError:  # sizes that are symbols cannot be looked up
+            layout = _layout(x.shape, x.stride())
     if layout is None:
         raise SdaError(
             f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; each image must be contiguous or "

@@ -54,8 +54,8 @@ def guidance(
     Returns cotangent [N, C, n, n] in out's dtype and memory format, squares float32 [N] and, if return_x0, x0 float32
     [N, C, n, n] in x's memory format. On a backend an image's results do not depend on the others in its batch.
 
-    Raises SdaError for a wrong shape, dtype, device or stride, and for more than 2^30 elements per image or 2^31 - 1 rows
-    of pixels in all.
+    Raises SdaError for a wrong shape, dtype, device or stride, and for more than 2^30 elements per image or 2^31 - 1
+    rows of pixels in all.
     """
     _check(x, out, reference_down, down, gram, table, position)
     operator = torch.ops.sda_fast.guidance_x0 if return_x0 else torch.ops.sda_fast.guidance
