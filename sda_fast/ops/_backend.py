@@ -19,7 +19,6 @@ from torch import Tensor
 
 from sda_fast.errors import SdaError
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of images; everything is computed in float32
 BACKENDS = ("plain", "cpp", "triton", "cuda")
 VARIABLE = "SDA_FAST_BACKEND"
 OLDEST = (8, 0)  # compute capability: what Triton supports, and what csrc/cuda is written for
@@ -81,7 +80,7 @@ def core() -> ModuleType:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """The number by which csrc/status.h calls one of `DTYPES`."""
+    """The number by which csrc/status.h calls a dtype."""
     return int(getattr(core(), str(dtype).removeprefix("torch.")))
 
 
@@ -92,7 +91,7 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 def _known(name: str, where: str) -> str:
     if name and name not in BACKENDS:
-        raise SdaError(f"{where} got {name!r}; it takes one of {', '.join(BACKENDS)}.")
+        raise SdaError(f"{where} got {name!r}; choose one of {', '.join(BACKENDS)}.")
     return name
 
 

@@ -39,7 +39,7 @@ def test_choice_of_backend(monkeypatch):
     def draw():
         return ops.philox_normal((1, 2), seed=0, identities=[0], step=0)
 
-    with pytest.raises(SdaError, match="takes one of plain, cpp, triton, cuda"), ops.backend("numpy"):
+    with pytest.raises(SdaError, match="choose one of plain, cpp, triton, cuda"), ops.backend("numpy"):
         pass
     with pytest.raises(SdaError, match="for NVIDIA GPUs; choose cpp or plain, or let"), ops.backend("cuda"):
         draw()

@@ -216,17 +216,17 @@ def test_tracing_and_compiling():
 
 
 MISTAKES = {
-    "seed is -1": dict(seed=-1),
+    "seed is -1; choose": dict(seed=-1),
     "seed is 18446744073709551616": dict(seed=2**64),
-    "step is 4294967296": dict(step=2**32),
+    "step is 4294967296; choose": dict(step=2**32),
     "one int64 per image": dict(identities=[1]),
     "torch.int32": dict(identities=torch.tensor([1, 2], dtype=torch.int32)),
-    "must lie in \\[-2\\^63, 2\\^64\\)": dict(identities=[1, 2**64]),
+    "identities hold 18446744073709551616; choose numbers in \\[-2\\^63, 2\\^64\\)": dict(identities=[1, 2**64]),
     "shape is \\(\\)": dict(shape=()),
     "sizes from 0": dict(shape=(2, -1)),
     "2\\^34": dict(shape=(2, 2**34 + 1)),
     "out is torch.float64": dict(out=torch.empty(2, 3, 4, 5, dtype=torch.float64)),
-    "out is torch.float32 \\(2, 3, 4\\)": dict(out=torch.empty(2, 3, 4)),
+    "out has shape \\(2, 3, 4\\), but .* pass an out of that shape": dict(out=torch.empty(2, 3, 4)),
     "contiguous or channels_last": dict(out=torch.empty(2, 3, 5, 4).transpose(2, 3)),
     "out lies on cpu": dict(out=torch.empty(2, 3, 4, 5), device="meta"),
 }
