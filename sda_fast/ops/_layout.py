@@ -22,7 +22,7 @@ def wrong_strides(x: Tensor, name: str, wanted: str) -> SdaError:
 
 
 class ImageLayout(NamedTuple):
-    """Of philox_normal: [images, outer, inner] with strides in elements (csrc/layout.h).
+    """Of philox_normal: [images, outer, inner] with strides in elements (csrc/status.h).
 
     The logical index of an element within its image is outer_index * inner + inner_index.
     """
@@ -50,7 +50,7 @@ def image_layout(x: Tensor, name: str) -> ImageLayout:
 
 
 class Strides(NamedTuple):
-    """Of elementwise operators, which see images as [N, channels, pixels]; in elements (csrc/layout.h)."""
+    """Of elementwise operators, which see images as [N, channels, pixels]; in elements (csrc/pixels.h)."""
 
     image: int
     channel: int
@@ -77,7 +77,7 @@ def pixels(x: Tensor | None, name: str) -> Any:
 
 
 class NormLayout(NamedTuple):
-    """Of group_norm_silu: [images, channels, spatial] with strides in elements (csrc/layout.h).
+    """Of group_norm_silu: [images, channels, spatial] with strides in elements (csrc/cpu/group_norm_silu.h).
 
     stride_spatial is 1 where an image is contiguous, else stride_channel is 1.
     """
