@@ -56,7 +56,7 @@ def reverse_step(
     x: torch.Tensor, out: torch.Tensor, dtype: torch.dtype, layout: torch.memory_format, drawn: bool
 ) -> Callable[[], Any]:
     from sda_fast.kernels import reverse_step as kernel
-    from sda_fast.ops._pixels import strides
+    from sda_fast.ops._layout import strides
 
     half, noise = image(3, dtype, layout), None if drawn else x
     returned = x if drawn else half  # through_network comes in either dtype
@@ -70,7 +70,7 @@ def reverse_step(
 
 def to_uint8(x: torch.Tensor) -> Callable[[], Any]:
     from sda_fast.kernels import to_uint8 as kernel
-    from sda_fast.ops._pixels import strides
+    from sda_fast.ops._layout import strides
 
     out = torch.empty(16, 256, 256, 3, dtype=torch.uint8, device="meta")
     return lambda: kernel.to_uint8(out, x, strides=tuple(strides(x, "x")), truncate=False)

@@ -12,6 +12,7 @@
 #include "cpu/philox_normal.h"
 #include "cpu/reverse_step.h"
 #include "cpu/to_uint8.h"
+#include "cuda/guidance_plan.h"
 #include "status.h"
 
 #ifdef SDA_CUDA
@@ -218,6 +219,17 @@ void bind_guidance(py::module_& m) {
         },
         py::arg("tensors"), py::arg("workspace"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "guidance_cuda_fits",
+        [](int64_t channels, int64_t size, int64_t low, bool interleaved) {
+            GuidanceTensors sizes{};
+            sizes.channels = channels;
+            sizes.size = size;
+            sizes.low = low;
+            sizes.interleaved = interleaved;
+            return sda::cuda::guidance_fits(sizes);
+        },
+        py::arg("channels"), py::arg("size"), py::arg("low"), py::arg("interleaved"));
 #ifdef SDA_CUDA
     m.def("guidance_cuda_workspace", &sda::cuda::guidance_workspace, py::arg("tensors"));
     m.def(

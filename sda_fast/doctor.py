@@ -55,14 +55,26 @@ def _operators(gpu: bool) -> list[Finding]:
 
         findings.append(_finding("C++ operators", True, "compiled"))
         detail = "compiled" if core.cuda_built else "not compiled: install again with nvcc on the PATH"
-        usable = core.cuda_built and gpu
-        findings.append(_finding("CUDA operators", usable, detail if not core.cuda_built or gpu else _NO_GPU))
+        cuda = _finding("CUDA operators", core.cuda_built, detail)
+        findings.append(_on_the_gpu(cuda, "cuda", _NO_GPU, gpu))
     except ImportError as error:
         findings.append(_finding("C++ operators", False, f"{error}: pip install . (needs a C++ compiler)"))
     triton = _optional("Triton operators", ("triton",), "pip install triton")
-    if triton["works"] and not gpu:
-        triton = _finding("Triton operators", False, f"{triton['detail']}, but {_NO_GPU}")
-    return [*findings, triton]
+    return [*findings, _on_the_gpu(triton, "triton", f"{triton['detail']}, but {_NO_GPU}", gpu)]
+
+
+def _on_the_gpu(finding: Finding, backend: str, without: str, gpu: bool) -> Finding:
+    """The finding, or why what is installed does not run here; `without`: what to say where there is no GPU."""
+    if not finding["works"]:
+        return finding
+    if not gpu:
+        return _finding(finding["part"], False, without)
+    import torch
+
+    from sda_fast.ops._backend import obstacle
+
+    reason = obstacle(backend, torch.device("cuda", torch.cuda.current_device()))
+    return _finding(finding["part"], False, reason) if reason else finding
 
 
 def _engines(gpu: bool) -> list[Finding]:

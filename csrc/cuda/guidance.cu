@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "../narrow.h"
-#include "../step_table.h"
 #include "guidance.cuh"
+#include "guidance_plan.h"
+#include "pack.cuh"
 
 // Two launches. `reduce_rows` reads x and eps once, a tile of groups of rows to a block; it writes what the
 // tile contributes to P x0 P^T, and the clamp mask, four rows to a byte. `spread_rows` sums what the tiles
@@ -18,101 +18,8 @@ namespace sda::cuda {
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr int kTileRows = 44;  // of an image, about; 11 groups for D = 4, of which 65 make 256 rows
-constexpr int kMinGroups = 3;  // then a row of P meets two tiles at most
-// Of the 48 KiB that a block may take unasked, and of the 99 KiB that every device from sm_80 on has for one,
-// without the kernels' static 1 KiB.
-constexpr int64_t kFreeShared = 47 << 10;
-constexpr int64_t kMaxShared = 98 << 10;
-constexpr int64_t kAlignment = 256;
-
-struct Plan {
-    int size, low, factor, lanes;
-    int planes;         // of an image: channels / lanes
-    int width, narrow;  // columns of a row and of a low row: n * lanes, m * lanes
-    int groups, tiles;  // groups in a tile, tiles in a plane
-    int quads;          // bytes of the mask for each group and column
-    int pitch;          // from one phase to the next in shared memory
-    float* sums;        // [images, planes, tiles, groups + 3, narrow]
-    uint8_t* mask;      // [images, planes, m + 2, quads, width]
-    float* parts;       // of squares: [images, planes, tiles]
-    unsigned* arrived;  // [images]: how many parts are written
-};
-
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-int64_t taps_shared(const Plan& p) { return 16 * int64_t{p.groups} * p.factor; }
-
-int64_t reduce_shared(const Plan& p) {
-    return taps_shared(p) + 4 * (4 * int64_t{p.size} + int64_t{p.groups + 3} * p.factor * p.pitch);
-}
-
-int64_t spread_shared(const Plan& p) { return taps_shared(p) + 8 * int64_t{p.groups + 9} * p.narrow; }
-
-// Without the workspace. The tiles depend on the sizes alone, so that an image's sums do not depend on its
-// batch.
-Plan plan_for(const GuidanceTensors& t, int64_t lanes) {
-    Plan p{};
-    p.size = static_cast<int>(t.size);
-    p.low = static_cast<int>(t.low);
-    p.factor = p.size / p.low;
-    p.lanes = static_cast<int>(lanes);
-    p.planes = static_cast<int>(t.channels / lanes);
-    p.width = p.size * p.lanes;
-    p.narrow = p.low * p.lanes;
-    p.quads = (p.factor + 3) / 4;
-    p.pitch = (p.low + 3) * p.lanes;
-    const int tiles = std::max(1, (p.low + 1) * p.factor / kTileRows);
-    p.groups = std::max(kMinGroups, (p.low + tiles) / tiles);
-    while (p.groups > kMinGroups && std::max(reduce_shared(p), spread_shared(p)) > kFreeShared) --p.groups;
-    p.tiles = (p.low + p.groups) / p.groups;
-    return p;
-}
-
-bool fits(const Plan& p) { return std::max(reduce_shared(p), spread_shared(p)) <= kMaxShared; }
-
-Plan plan_for(const GuidanceTensors& t) {
-    const Plan p = plan_for(t, t.interleaved ? t.channels : 1);
-    return fits(p) ? p : plan_for(t, 1);
-}
-
-// Lays the workspace out at `base` (null to count only); returns its bytes.
-int64_t carve(const GuidanceTensors& t, Plan& p, char* base) {
-    int64_t used = 0;
-    const int64_t planes = t.images * p.planes;
-    const auto take = [&](int64_t bytes) {
-        char* start = base == nullptr ? nullptr : base + used;
-        used += round_up(bytes, kAlignment);
-        return start;
-    };
-    p.sums = reinterpret_cast<float*>(take(4 * planes * p.tiles * (p.groups + 3) * p.narrow));
-    p.mask = reinterpret_cast<uint8_t*>(take(planes * (p.low + 2) * p.quads * p.width));
-    p.parts = reinterpret_cast<float*>(take(4 * planes * p.tiles));
-    p.arrived = reinterpret_cast<unsigned*>(take(4 * t.images));
-    return used;
-}
 
 // -- On the device -----------------------------------------------------------------------------------------
-
-template <class T, int kCount>
-struct alignas(sizeof(T) * kCount) Pack {
-    T values[kCount];
-};
-
-template <int kCount, class T>
-__device__ void load(float (&to)[kCount], const T* from) {
-    const auto pack = *reinterpret_cast<const Pack<T, kCount>*>(from);
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) to[v] = widen(pack.values[v]);
-}
-
-template <int kCount, class T>
-__device__ void store(T* to, const float (&from)[kCount]) {
-    Pack<T, kCount> pack;
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) pack.values[v] = narrow<T>(from[v]);
-    *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
-}
 
 // P[r, h], zero where there is none.
 __device__ float down_weight(const float* down, const Plan& p, int r, int h) {
@@ -461,15 +368,15 @@ int run(const GuidanceTensors& t, const Plan& p, cudaStream_t stream) {
 }  // namespace
 
 int64_t guidance_workspace(const GuidanceTensors& t) {
-    if (!valid(t) || t.size * t.channels > INT32_MAX / 16) return 0;
+    if (!guidance_fits(t)) return 0;
     Plan p = plan_for(t);
     return carve(t, p, nullptr);
 }
 
 int guidance(const GuidanceTensors& t, void* workspace, void* stream) {
-    if (!valid(t) || t.size * t.channels > INT32_MAX / 16) return kBadArgument;
+    if (!guidance_fits(t)) return kBadArgument;
     Plan p = plan_for(t);
-    if (!fits(p) || t.images * p.planes * p.tiles > INT32_MAX) return kBadArgument;
+    if (t.images * p.planes * p.tiles > INT32_MAX) return kBadArgument;
     if (t.images == 0) return kOk;
     carve(t, p, static_cast<char*>(workspace));
     switch (t.dtype) {

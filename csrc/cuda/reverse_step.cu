@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "../half.h"
 #include "../status.h"
+#include "pack.cuh"
 #include "reverse_step.cuh"
 
 namespace sda::cuda {
@@ -11,11 +11,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kMaxGridY = 65535;
-
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-    T values[4];
-};
 
 // How the four elements of a thread lie: side by side in every tensor (kFlat), or anywhere.
 enum Order { kFlat, kStrided };
@@ -59,9 +54,9 @@ __device__ __forceinline__ void load(float* to, const Pixels& from, int64_t n, i
     const T* image =
         static_cast<const T*>(from.data) + n * from.stride_image + channel_offset * from.stride_channel;
     if constexpr (kOrder == kFlat) {
-        const Four<T> four = reinterpret_cast<const Four<T>*>(image)[thread];
+        const Pack<T, 4> pack = reinterpret_cast<const Pack<T, 4>*>(image)[thread];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) to[k] = widen(four.values[k]);
+        for (int k = 0; k < 4; ++k) to[k] = widen(pack.values[k]);
     } else {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -111,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) step(ReverseStep s) {
         }
         const float weight = guided ? guidance_weight(s, n) : 0.0f;
         const float fixed = s.learned ? 0.0f : fixed_sigma(c);
-        Four<float> result;
+        Pack<float, 4> result;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             float y = posterior_mean(c, s.clip, x[k], eps[k]);
@@ -124,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) step(ReverseStep s) {
         }
         float* image = static_cast<float*>(s.result.data) + n * s.result.stride_image;
         if constexpr (kOrder == kFlat) {
-            reinterpret_cast<Four<float>*>(image)[thread] = result;
+            reinterpret_cast<Pack<float, 4>*>(image)[thread] = result;
         } else {
 #pragma unroll
             for (int k = 0; k < 4; ++k) {

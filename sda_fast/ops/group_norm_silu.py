@@ -5,15 +5,15 @@ would be added where it measures faster on a device.
 """
 
 import contextlib
-import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sda_fast.errors import SdaError
-from sda_fast.ops._backend import DTYPES, core, dtype_code, on_device_of, select
+from sda_fast.ops._backend import core, dtype_code, on_device_of, select
+from sda_fast.ops._checks import DTYPES, check_device, check_dtype, check_shape
+from sda_fast.ops._layout import norm_layout
 from sda_fast.reference import group_norm_silu as plain
 
 VERSIONS = ("cpp", "triton", "plain")
@@ -185,58 +185,6 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-class NormLayout(NamedTuple):
-    """[images, channels, spatial] with strides in elements.
-
-    stride_spatial is 1 where an image is contiguous, else stride_channel is 1.
-    """
-
-    images: int
-    channels: int
-    spatial: int
-    stride_image: int
-    stride_channel: int
-    stride_spatial: int
-
-
-def norm_layout(x: Tensor, name: str) -> NormLayout:
-    """The layout of x [N, C, ...]. Raises SdaError where an image is neither contiguous nor channels_last."""
-    try:
-        layout = _known_layout(x.shape, x.stride())
-    except TypeError:  # sizes that are symbols cannot be looked up
-        layout = _layout(x.shape, x.stride())
-    if layout is None:
-        raise SdaError(
-            f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; each image must be contiguous or "
-            f"channels_last, so pass {name}.contiguous()."
-        )
-    return layout
-
-
-def _layout(shape: tuple[int, ...], all_strides: tuple[int, ...]) -> NormLayout | None:
-    images, channels, *sizes = shape
-    stride_image, stride_channel, *strides = all_strides
-    spatial = math.prod(sizes) if images and channels else 0
-    if images * channels * spatial == 0 or _dense((channels, *sizes), (stride_channel, *strides), 1):
-        return NormLayout(images, channels, spatial, stride_image, spatial, 1)
-    pitch = next((stride for size, stride in zip(sizes[::-1], strides[::-1], strict=True) if size > 1), channels)
-    if stride_channel == 1 and channels > 1 and pitch >= channels and _dense(sizes, strides, pitch):
-        return NormLayout(images, channels, spatial, stride_image, 1, pitch)
-    return None
-
-
-_known_layout = functools.lru_cache(4096)(_layout)  # a network asks for the same few at every step
-
-
-def _dense(sizes: tuple[int, ...] | list[int], strides: tuple[int, ...] | list[int], unit: int) -> bool:
-    """Whether the last index moves by `unit` and every other one by what the ones behind it span."""
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size != 1 and stride != unit:
-            return False
-        unit *= size
-    return True
-
-
 def _empty_like(x: Tensor) -> Tensor:
     """Without gaps, in x's memory format."""
     if norm_layout(x, "x").stride_spatial == 1:
@@ -277,41 +225,36 @@ def _check(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, scale: Tensor | None, shift: Tensor | None
 ) -> None:
     if x.dim() < 2:
-        raise SdaError(f"x has shape {tuple(x.shape)}; group_norm_silu needs [N, C, ...].")
-    if x.dtype not in DTYPES:
-        raise SdaError(f"x is {x.dtype}; group_norm_silu takes float32, bfloat16 or float16.")
+        raise SdaError(f"x has shape {tuple(x.shape)}; pass group_norm_silu [N, C, ...].")
+    check_dtype("group_norm_silu", "x", x, *DTYPES)
     images, channels = x.shape[:2]
     if groups < 1 or channels % groups:
-        raise SdaError(f"groups is {groups}, which must divide the {channels} channels of x.")
+        raise SdaError(f"groups is {groups}; choose a number that divides the {channels} channels of x.")
     if eps < 0:
-        raise SdaError(f"eps is {eps}; it must not be negative.")
+        raise SdaError(f"eps is {eps}; choose one from 0, such as 1e-5.")
     for name, p, shape in (
         ("weight", weight, (channels,)),
         ("bias", bias, (channels,)),
         ("scale", scale, (images, channels)),
         ("shift", shift, (images, channels)),
     ):
-        if p is None:
-            continue
-        if tuple(p.shape) != shape:
-            raise SdaError(f"{name} has shape {tuple(p.shape)}; for this x it must have {shape}.")
-        if p.dtype not in (torch.float32, x.dtype):
-            raise SdaError(f"{name} is {p.dtype}; it must be torch.float32 or, as x, {x.dtype}.")
-        if p.device != x.device:
-            raise SdaError(f"{name} lies on {p.device}, x on {x.device}; move them to one device.")
+        if p is not None:
+            check_shape("group_norm_silu", name, p, shape)
+            check_dtype("group_norm_silu", name, p, torch.float32, x.dtype)
+            check_device(name, p, x)
     norm_layout(x, "x")
 
 
 def _check_cotangent(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> None:
     if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
         raise SdaError(
-            f"dy is {dy.dtype} {tuple(dy.shape)} on {dy.device}; it must be as x, {x.dtype} {tuple(x.shape)} on "
+            f"dy is {dy.dtype} {tuple(dy.shape)} on {dy.device}; pass it as x is, {x.dtype} {tuple(x.shape)} on "
             f"{x.device}."
         )
     for name, p in (("mean", mean), ("rstd", rstd)):
         if tuple(p.shape) != (x.shape[0], groups) or p.dtype != torch.float32 or p.device != x.device:
             raise SdaError(
-                f"{name} is {p.dtype} {tuple(p.shape)} on {p.device}; it must be what the forward pass returned, "
+                f"{name} is {p.dtype} {tuple(p.shape)} on {p.device}; pass what the forward pass returned, "
                 f"torch.float32 {(x.shape[0], groups)} on {x.device}."
             )
 

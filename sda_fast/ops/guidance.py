@@ -4,17 +4,25 @@ It exists in all versions. The Triton and CUDA ones keep their intermediate sums
 workspaces that are allocated here.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sda_fast.errors import SdaError
-from sda_fast.ops._backend import DTYPES, core, dtype_code, on_device_of, select
+from sda_fast.ops._backend import core, dtype_code, on_device_of, select
+from sda_fast.ops._checks import (
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_output,
+    check_shape,
+    check_size,
+    check_step,
+)
+from sda_fast.ops._layout import wrong_strides
 from sda_fast.reference import guidance as plain
 
 VERSIONS = ("cuda", "cpp", "triton", "plain")
-TABLE_COLUMNS = 8  # of Schedule.step_table; the first two are a and b
+MAX_ROWS = 2**31 - 1  # of all images: what a grid of blocks can count
 
 
 def guidance(
@@ -45,14 +53,15 @@ def guidance(
     reference_down: P reference P^T, float32 [N, C, m, m], m = n / D, as `LowPass.down` gives it.
     down, gram: `LowPass`'s P [m, n] and G [m, m], float32, contiguous. Only their bands are read, the 4D columns of
         row r of P from D r - floor(3D/2) on and seven of G, so nothing but these two matrices will do.
-    table: `Schedule.step_table`, float32 [steps, 8], contiguous.
-    position: int64 [2] (or longer); position[0], the index into the table, is read on the device;
-        outside of the table squares become NaN (the plain version raises).
+    table: `Schedule.step_table`, float32 [T, 8], contiguous; its first two columns are a and b.
+    position: int64 [2]; position[0], the index into the table, is read on the device; outside of the table squares
+        become NaN (the plain version raises).
 
     Returns cotangent [N, C, n, n] in out's dtype and memory format, squares float32 [N] and, if return_x0, x0 float32
     [N, C, n, n] in x's memory format. On a backend an image's results do not depend on the others in its batch.
 
-    Raises SdaError for a wrong shape, dtype, device or stride.
+    Raises SdaError for a wrong shape, dtype, device or stride, and for more than 2^30 elements per image or 2^31 - 1
+    rows of pixels in all.
     """
     _check(x, out, reference_down, down, gram, table, position)
     operator = torch.ops.sda_fast.guidance_x0 if return_x0 else torch.ops.sda_fast.guidance
@@ -106,7 +115,7 @@ def _fill(
     table: Tensor,
     position: Tensor,
 ) -> None:
-    version = select("guidance", x.device, VERSIONS)
+    version = select("guidance", x.device, VERSIONS, lambda version: _too_large_for(version, x, out, down))
     if version == "plain":
         results = plain.guidance(x, out, reference_down, down, gram, table, position)
         for target, result in zip((cotangent, squares, x0), results, strict=True):
@@ -154,6 +163,14 @@ def _fill(
             c.guidance_cuda(tensors, workspace.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
 
+def _too_large_for(version: str, x: Tensor, out: Tensor, down: Tensor) -> str:
+    """Why a version does not take these sizes: the CUDA one holds whole rows in shared memory."""
+    channels, size = x.shape[1:3]
+    if version != "cuda" or core().guidance_cuda_fits(channels, size, len(down), _interleaved(out)):
+        return ""
+    return f"rows of {size} pixels, to be reduced to {len(down)}, exceed a block's shared memory"
+
+
 def _interleaved(x: Tensor) -> bool:
     """Whether x [N, C, H, W] has its channels side by side, as channels_last, rather than its columns."""
     return x.stride(3) != 1 and x.stride(1) == 1
@@ -174,52 +191,28 @@ def _x0_like(x: Tensor) -> Tensor:
 def _check(
     x: Tensor, out: Tensor, reference_down: Tensor, down: Tensor, gram: Tensor, table: Tensor, position: Tensor
 ) -> None:
+    op = "guidance"
     if x.dim() != 4 or x.shape[1] == 0 or x.shape[2] == 0 or x.shape[2] != x.shape[3]:
-        raise SdaError(f"x has shape {tuple(x.shape)}; guidance needs square images [N, C, n, n].")
+        raise SdaError(f"x has shape {tuple(x.shape)}; pass guidance square images [N, C, n, n].")
     images, channels, n, _ = x.shape
+    check_size(op, x)
+    if images * channels * n > MAX_ROWS:
+        raise SdaError(f"x has shape {tuple(x.shape)}; guidance counts at most 2^31 - 1 rows, so pass fewer images.")
     if down.dim() != 2 or down.shape[1] != n or down.shape[0] == 0 or n % down.shape[0]:
         raise SdaError(
-            f"down has shape {tuple(down.shape)}; guidance needs LowPass's matrix [n/D, n] for the image size n = {n} "
+            f"down has shape {tuple(down.shape)}; pass guidance LowPass's matrix [n/D, n] for the image size n = {n} "
             "and a factor D that divides it."
         )
     m = down.shape[0]
-    if (
-        out.dim() != 4
-        or out.shape[0] != images
-        or out.shape[1] not in (channels, 2 * channels)
-        or out.shape[2:] != (n, n)
-    ):
-        raise SdaError(
-            f"out has shape {tuple(out.shape)}; for x {tuple(x.shape)} guidance needs [{images}, {channels} or "
-            f"{2 * channels}, {n}, {n}]."
-        )
-    wanted: dict[str, tuple[Any, ...]] = {
-        "reference_down": (reference_down, (images, channels, m, m)),
-        "gram": (gram, (m, m)),
-        "table": (table, (table.shape[0] if table.dim() else 0, TABLE_COLUMNS)),
-    }
-    for name, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape:
-            raise SdaError(f"{name} has shape {tuple(tensor.shape)}; guidance needs {shape} here.")
-    if table.shape[0] == 0:
-        raise SdaError("table has no rows; pass Schedule.step_table().")
-    if position.dim() != 1 or position.shape[0] == 0 or position.dtype != torch.int64:
-        raise SdaError(f"position is {position.dtype} {tuple(position.shape)}; guidance needs int64 [2].")
-    floats = {"x": x, "reference_down": reference_down, "down": down, "gram": gram, "table": table}
-    for name, tensor in floats.items():
-        if tensor.dtype != torch.float32:
-            raise SdaError(f"{name} is {tensor.dtype}; guidance needs torch.float32, so pass {name}.float().")
-    if out.dtype not in DTYPES:
-        raise SdaError(f"out is {out.dtype}; guidance takes float32, bfloat16 or float16.")
-    for name, tensor in {**floats, "out": out, "position": position}.items():
-        if tensor.device != x.device:
-            raise SdaError(f"{name} lies on {tensor.device} and x on {x.device}; guidance needs one device for all.")
-    for name, tensor in {"down": down, "gram": gram, "table": table, "position": position}.items():
-        if not tensor.is_contiguous():
-            raise SdaError(f"{name} is not contiguous; pass {name}.contiguous().")
+    check_output(op, out, x)
+    check_shape(op, "reference_down", reference_down, (images, channels, m, m))
+    check_shape(op, "gram", gram, (m, m))
+    for name, tensor in {"x": x, "reference_down": reference_down, "down": down, "gram": gram}.items():
+        check_dtype(op, name, tensor, torch.float32)
+        check_device(name, tensor, x)
+    check_contiguous(op, "down", down)
+    check_contiguous(op, "gram", gram)
+    check_step(op, table, position, x)
     for name, tensor in {"x": x, "out": out}.items():
         if 1 not in (tensor.stride(1), tensor.stride(3)):
-            raise SdaError(
-                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; its columns or its channels "
-                f"must lie side by side, so pass {name}.contiguous()."
-            )
+            raise wrong_strides(tensor, name, "its columns or its channels must lie side by side")

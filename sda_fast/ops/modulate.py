@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from sda_fast.errors import SdaError
-from sda_fast.ops._backend import DTYPES, on_device_of, select
+from sda_fast.ops._backend import on_device_of, select
+from sda_fast.ops._checks import DTYPES, check_device, check_dtype, check_shape
+from sda_fast.ops._layout import wrong_strides
 from sda_fast.reference import modulate as plain
 
 VERSIONS = ("triton", "plain")
@@ -118,23 +120,17 @@ _gate_residual.register_autograd(_gate_residual_backward, setup_context=_keep_ga
 
 def _check(op: str, x: Tensor, rows: dict[str, Tensor], y: Tensor | None = None) -> None:
     if x.dim() != 3 or not 1 <= x.shape[2] <= MAX_CHANNELS:
-        raise SdaError(f"x has shape {tuple(x.shape)}; {op} needs [N, T, C] with C from 1 to {MAX_CHANNELS}.")
+        raise SdaError(f"x has shape {tuple(x.shape)}; pass {op} tokens [N, T, C] with C from 1 to {MAX_CHANNELS}.")
     images, _, channels = x.shape
     expected = {"x": (x, x.shape), **{name: (row, (images, channels)) for name, row in rows.items()}}
     if y is not None:
         expected["y"] = (y, x.shape)
     for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise SdaError(f"{name} has shape {tuple(tensor.shape)}; {op} needs {tuple(shape)} for this x.")
-        if tensor.dtype not in DTYPES:
-            raise SdaError(f"{name} is {tensor.dtype}; {op} takes float32, bfloat16 and float16.")
-        if tensor.device != x.device:
-            raise SdaError(f"{name} lies on {tensor.device}, x on {x.device}; move them to one device.")
+        check_shape(op, name, tensor, shape)
+        check_dtype(op, name, tensor, *DTYPES)
+        check_device(name, tensor, x)
         if channels > 1 and tensor.numel() and tensor.stride(-1) != 1:
-            raise SdaError(
-                f"{name} has strides {tensor.stride()}; {op} needs its channels side by side, so pass "
-                f"{name}.contiguous()."
-            )
+            raise wrong_strides(tensor, name, "its channels must lie side by side")
 
 
 def _aligned(x: Tensor) -> Tensor:

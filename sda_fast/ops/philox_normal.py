@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sda_fast.errors import SdaError
 from sda_fast.ops._backend import core, on_device_of, select
+from sda_fast.ops._checks import check_dtype
 from sda_fast.ops._layout import image_layout
 from sda_fast.reference import philox
 
@@ -45,8 +46,9 @@ def philox_normal(
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
     if out is None:
         return torch.ops.sda_fast.philox_normal(ids, shape, signed_seed, step)
-    if tuple(out.shape) != shape or out.dtype != torch.float32:
-        raise SdaError(f"out is {out.dtype} {tuple(out.shape)}; philox_normal needs torch.float32 {shape}.")
+    if tuple(out.shape) != shape:
+        raise SdaError(f"out has shape {tuple(out.shape)}, but {shape} was asked for; pass an out of that shape.")
+    check_dtype("philox_normal", "out", out, torch.float32)
     image_layout(out, "out")
     torch.ops.sda_fast.philox_normal_out(out, ids, signed_seed, step)
     return out
@@ -76,8 +78,7 @@ def _(out: Tensor, identities: Tensor, seed: int, step: int) -> None:
 
 def _fill(out: Tensor, identities: Tensor, seed: int, step: int) -> None:
     """Fills out; seed is a signed 64-bit pattern."""
-    if out.dtype != torch.float32:
-        raise SdaError(f"out is {out.dtype}; philox_normal needs torch.float32.")
+    check_dtype("philox_normal", "out", out, torch.float32)
     _check_numbers(tuple(out.shape), seed % 2**64, step)
     identities = identity_tensor(identities, len(out), out.device)
     version = select("philox_normal", out.device, VERSIONS)
@@ -121,26 +122,26 @@ def _full(device: torch.device) -> torch.device:
 
 def _check_numbers(shape: tuple[int, ...], seed: int, step: int) -> None:
     if not shape or any(size < 0 for size in shape):
-        raise SdaError(f"shape is {shape}; philox_normal needs [N, ...] with sizes from 0.")
+        raise SdaError(f"shape is {shape}; pass philox_normal [N, ...] with sizes from 0.")
     if math.prod(shape[1:]) > MAX_ELEMENTS:
-        raise SdaError(f"shape is {shape}; philox_normal counts at most 2^34 elements per image.")
+        raise SdaError(f"shape is {shape}; philox_normal counts at most 2^34 elements per image, so draw smaller ones.")
     if not 0 <= seed < 2**64:
-        raise SdaError(f"seed is {seed}; it must lie in [0, 2^64).")
+        raise SdaError(f"seed is {seed}; choose one in [0, 2^64).")
     if not 0 <= step < 2**32:
-        raise SdaError(f"step is {step}; it must lie in [0, 2^32).")
+        raise SdaError(f"step is {step}; choose one in [0, 2^32).")
 
 
 def identity_tensor(identities: Tensor | Sequence[int], images: int, device: torch.device) -> Tensor:
     """Identities as int64 [images] on the device, bit patterns of 64 bits; SdaError for a wrong range or shape."""
     if not isinstance(identities, Tensor):
-        if not all(-(2**63) <= identity < 2**64 for identity in identities):
-            raise SdaError("identities must lie in [-2^63, 2^64).")
+        for identity in identities:
+            if not -(2**63) <= identity < 2**64:
+                raise SdaError(f"identities hold {identity}; choose numbers in [-2^63, 2^64).")
         signed = [identity - 2**64 if identity >= 2**63 else identity for identity in identities]
         identities = torch.tensor(signed, dtype=torch.int64)
     if identities.dtype != torch.int64 or tuple(identities.shape) != (images,):
         raise SdaError(
-            f"identities are {identities.dtype} {tuple(identities.shape)}; they must be one int64 per "
-            f"image, here [{images}]."
+            f"identities are {identities.dtype} {tuple(identities.shape)}; pass one int64 per image, [{images}]."
         )
     # To the CPU the copy must be waited for: the C++ version would read identities that are still on their way.
     return identities.to(device, non_blocking=torch.device(device).type != "cpu")

@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from sda_fast.errors import SdaError
-from sda_fast.ops._backend import DTYPES, core, dtype_code, on_device_of, select
-from sda_fast.ops._pixels import pixels, strides
+from sda_fast.ops._backend import core, dtype_code, on_device_of, select
+from sda_fast.ops._checks import check_device, check_dtype, check_output, check_shape, check_size, check_step
+from sda_fast.ops._layout import pixels, strides
 from sda_fast.ops.philox_normal import identity_tensor
 from sda_fast.reference import reverse_step as plain
 
 VERSIONS = ("cuda", "cpp", "triton", "plain")
 NORMS = ("image", "batch")
-COLUMNS = 8  # of Schedule.step_table
-MAX_ELEMENTS = 2**30  # per image
 
 
 def reverse_step(
@@ -71,7 +70,7 @@ def reverse_step(
     Raises SdaError for a wrong shape, dtype, device, stride or range, and where z or a part of the guidance lacks.
     """
     _check_images(x, out, noise, cotangent, through_network, result)
-    _check_step(x, table, position)
+    check_step("reverse_step", table, position, x)
     real = len(x) if real is None else real
     _check_guidance(x, cotangent, through_network, squares, norm, norm_group, real)
     ids, bits = _draw(x, noise, seed, identities)
@@ -193,7 +192,7 @@ def _fill(
 ) -> None:
     """Writes result; seed is a signed 64-bit pattern. Checks again: the registered operator is called by others too."""
     _check_images(x, out, noise, cotangent, through_network, result)
-    _check_step(x, table, position)
+    check_step("reverse_step", table, position, x)
     _check_guidance(x, cotangent, through_network, squares, norm, norm_group, real)
     if noise is None and identities is None:
         raise SdaError("reverse_step needs noise: give the tensor noise, or seed and identities to draw it inside.")
@@ -249,49 +248,26 @@ def _check_images(
     through_network: Tensor | None,
     result: Tensor | None,
 ) -> None:
-    if x.dim() != 4 or x.dtype != torch.float32:
-        raise SdaError(f"x is {x.dtype} {tuple(x.shape)}; reverse_step needs torch.float32 [N, C, H, W].")
-    if x.shape[1:].numel() > MAX_ELEMENTS:
-        raise SdaError(f"x has shape {tuple(x.shape)}; reverse_step counts at most 2^30 elements per image.")
-    images, channels, height, width = x.shape
-    shapes = [(images, channels, height, width), (images, 2 * channels, height, width)]
-    if tuple(out.shape) not in shapes or out.dtype not in DTYPES:
-        raise SdaError(
-            f"out is {out.dtype} {tuple(out.shape)}; reverse_step needs {shapes[0]}, or {shapes[1]} with learned "
-            "variance, in float32, bfloat16 or float16."
-        )
-    others = dict(noise=noise, result=result, cotangent=cotangent, through_network=through_network)
-    for name, tensor in others.items():
-        dtypes = {"cotangent": [out.dtype], "through_network": [torch.float32, out.dtype]}.get(name, [torch.float32])
-        if tensor is not None and (tensor.shape != x.shape or tensor.dtype not in dtypes):
-            wanted = " or ".join(map(str, dict.fromkeys(dtypes)))
-            raise SdaError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; reverse_step needs {wanted} {tuple(x.shape)}."
-            )
-    for name, tensor in dict(x=x, out=out, **others).items():
-        if tensor is not None:
-            _check_device(name, tensor, x)
-            strides(tensor, name)
+    op = "reverse_step"
+    if x.dim() != 4:
+        raise SdaError(f"x has shape {tuple(x.shape)}; pass reverse_step images [N, C, H, W].")
+    check_size(op, x)
+    check_dtype(op, "x", x, torch.float32)
+    check_output(op, out, x)
+    strides(x, "x")
+    strides(out, "out")
+    _check_image(x, "noise", noise, torch.float32)
+    _check_image(x, "cotangent", cotangent, out.dtype)
+    _check_image(x, "through_network", through_network, out.dtype, torch.float32)
+    _check_image(x, "result", result, torch.float32)
 
 
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise SdaError(f"{name} lies on {tensor.device}, but x on {x.device}; move one of them.")
-
-
-def _check_step(x: Tensor, table: Tensor, position: Tensor) -> None:
-    _check_device("table", table, x)
-    _check_device("position", position, x)
-    if table.dtype != torch.float32 or table.dim() != 2 or table.shape[1] != COLUMNS or not table.is_contiguous():
-        raise SdaError(
-            f"table is {table.dtype} {tuple(table.shape)} with strides {table.stride()}; reverse_step needs contiguous "
-            "torch.float32 [T, 8] as Schedule.step_table makes it."
-        )
-    if position.dtype != torch.int64 or tuple(position.shape) != (2,) or not position.is_contiguous():
-        raise SdaError(
-            f"position is {position.dtype} {tuple(position.shape)}; reverse_step needs contiguous torch.int64 [2]: "
-            "the index into the table and the counter of the noise."
-        )
+def _check_image(x: Tensor, name: str, tensor: Tensor | None, *dtypes: torch.dtype) -> None:
+    if tensor is not None:
+        check_shape("reverse_step", name, tensor, x.shape)
+        check_dtype("reverse_step", name, tensor, *dtypes)
+        check_device(name, tensor, x)
+        strides(tensor, name)
 
 
 def _check_guidance(
@@ -308,17 +284,15 @@ def _check_guidance(
     if 0 < len(lacking) < len(given):
         raise SdaError(f"guidance lacks {' and '.join(lacking)}; give cotangent, through_network and squares, or none.")
     if squares is not None:
-        _check_device("squares", squares, x)
-        if squares.dtype != torch.float32 or tuple(squares.shape) != (len(x),):
-            raise SdaError(
-                f"squares is {squares.dtype} {tuple(squares.shape)}; reverse_step needs torch.float32 [{len(x)}]."
-            )
+        check_shape("reverse_step", "squares", squares, (len(x),))
+        check_dtype("reverse_step", "squares", squares, torch.float32)
+        check_device("squares", squares, x)
     if norm not in NORMS:
-        raise SdaError(f'reverse_step knows norm="image" and norm="batch", not {norm!r}.')
+        raise SdaError(f'norm is {norm!r}; reverse_step knows norm="image" and norm="batch", so choose one of them.')
     if norm_group < 1:
-        raise SdaError(f"norm_group is {norm_group}; it must be at least 1.")
+        raise SdaError(f"norm_group is {norm_group}; choose a number of images from 1.")
     if not 0 <= real <= len(x):
-        raise SdaError(f"real is {real}; it must lie in 0 .. {len(x)}, the number of images.")
+        raise SdaError(f"real is {real}; pass how many images are no padding, from 0 to {len(x)}.")
 
 
 def _draw(
@@ -332,5 +306,5 @@ def _draw(
     if seed is None or identities is None:
         raise SdaError("reverse_step needs noise: give the tensor noise, or seed and identities to draw it inside.")
     if not 0 <= seed < 2**64:
-        raise SdaError(f"seed is {seed}; it must lie in [0, 2^64).")
+        raise SdaError(f"seed is {seed}; choose one in [0, 2^64).")
     return identity_tensor(identities, len(x), x.device), seed - 2**64 if seed >= 2**63 else seed

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from sda_fast.errors import SdaError
-from sda_fast.ops._backend import DTYPES, core, dtype_code, on_device_of, select
-from sda_fast.ops._pixels import pixels, strides
+from sda_fast.ops._backend import core, dtype_code, on_device_of, select
+from sda_fast.ops._checks import DTYPES, check_contiguous, check_device, check_dtype, check_shape, check_size
+from sda_fast.ops._layout import pixels, strides
 from sda_fast.reference import to_uint8 as plain
 
 VERSIONS = ("cpp", "triton", "plain")
 MODES = ("round", "truncate")
-MAX_ELEMENTS = 2**30  # per image
 
 
 def to_uint8(x: Tensor, mode: str = "round", out: Tensor | None = None) -> Tensor:
@@ -29,7 +29,7 @@ def to_uint8(x: Tensor, mode: str = "round", out: Tensor | None = None) -> Tenso
     Raises SdaError for a wrong mode, shape, dtype, device or stride.
     """
     if mode not in MODES:
-        raise SdaError(f'to_uint8 knows mode="round" and mode="truncate", not {mode!r}.')
+        raise SdaError(f'mode is {mode!r}; to_uint8 knows mode="round" and mode="truncate", so choose one of them.')
     _check(x, out)
     if out is None:
         return torch.ops.sda_fast.to_uint8(x, mode == "truncate")
@@ -62,19 +62,17 @@ def _(x: Tensor, truncate: bool, out: Tensor) -> None:
 
 
 def _check(x: Tensor, out: Tensor | None = None) -> None:
-    if x.dim() != 4 or x.dtype not in DTYPES:
-        raise SdaError(f"x is {x.dtype} {tuple(x.shape)}; to_uint8 needs [N, C, H, W] in float32, bfloat16 or float16.")
-    if x.shape[1:].numel() > MAX_ELEMENTS:
-        raise SdaError(f"x has shape {tuple(x.shape)}; to_uint8 counts at most 2^30 elements per image: cut the image.")
+    if x.dim() != 4:
+        raise SdaError(f"x has shape {tuple(x.shape)}; pass to_uint8 images [N, C, H, W].")
+    check_size("to_uint8", x)
+    check_dtype("to_uint8", "x", x, *DTYPES)
     strides(x, "x")
     if out is None:
         return
-    shape = _shape(x)
-    if tuple(out.shape) != shape or out.dtype != torch.uint8 or out.device != x.device or not out.is_contiguous():
-        raise SdaError(
-            f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}; to_uint8 needs "
-            f"contiguous torch.uint8 {shape} on {x.device}."
-        )
+    check_shape("to_uint8", "out", out, _shape(x))
+    check_dtype("to_uint8", "out", out, torch.uint8)
+    check_device("out", out, x)
+    check_contiguous("to_uint8", "out", out)
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

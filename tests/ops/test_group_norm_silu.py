@@ -9,7 +9,8 @@ from sda_fast import _core, ops
 from sda_fast.errors import SdaError
 from sda_fast.models import ADM
 from sda_fast.models.checkpoints import ADM_PRESETS
-from sda_fast.ops.group_norm_silu import group_norm_silu, norm_layout
+from sda_fast.ops._layout import norm_layout
+from sda_fast.ops.group_norm_silu import group_norm_silu
 from sda_fast.reference import group_norm_silu as plain
 
 MODULE = "sda_fast.ops.group_norm_silu"
@@ -295,7 +296,8 @@ def test_adjoint(layout):
     gradient = backward_arguments(args, mean, rstd)
     x, *rest = in_double(args)
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).double()
-    _, jv = torch.func.jvp(lambda x: plain.group_norm_silu(x, *rest), (x,), (v,))
+    # By differentiating twice: torch.func.jvp loads code that torch itself has deprecated, and warns.
+    _, jv = torch.autograd.functional.jvp(lambda x: plain.group_norm_silu(x, *rest), x, v)
     w, product = gradient[0].double(), backward(*gradient).double()
     assert abs((jv * w).sum() - (v * product).sum()) < 1e-6 * jv.norm() * w.norm()
 
@@ -461,16 +463,16 @@ def test_only_x_is_differentiated(name):
 
 
 MISTAKES = {
-    "needs \\[N, C, ...\\]": dict(x=torch.zeros(3)),
-    "x is torch.float64": dict(x=torch.zeros(2, 8, 4, 4, dtype=torch.float64)),
-    "groups is 3": dict(groups=3),
+    "pass group_norm_silu \\[N, C, ...\\]": dict(x=torch.zeros(3)),
+    "x is torch.float64; .* one in float32, bfloat16 or float16": dict(x=torch.zeros(2, 8, 4, 4, dtype=torch.float64)),
+    "groups is 3; choose a number that divides the 8 channels": dict(groups=3),
     "groups is 0": dict(groups=0),
-    "eps is -1": dict(eps=-1.0),
-    "weight has shape \\(7,\\)": dict(weight=torch.ones(7)),
-    "bias is torch.float16": dict(bias=torch.zeros(8, dtype=torch.float16)),
+    "eps is -1.0; choose": dict(eps=-1.0),
+    "weight has shape \\(7,\\); .* pass group_norm_silu one of shape \\(8,\\)": dict(weight=torch.ones(7)),
+    "bias is torch.float16; pass group_norm_silu one in float32": dict(bias=torch.zeros(8, dtype=torch.float16)),
     "scale has shape \\(2, 8, 1, 1\\)": dict(scale=torch.zeros(2, 8, 1, 1)),
     "shift has shape \\(1, 8\\)": dict(shift=torch.zeros(1, 8)),
-    "weight lies on meta": dict(weight=torch.ones(8, device="meta")),
+    "weight lies on meta and x on cpu; pass both on one device": dict(weight=torch.ones(8, device="meta")),
     "pass x.contiguous": dict(x=torch.zeros(2, 8, 5, 4).transpose(2, 3)),
 }
 
@@ -486,10 +488,10 @@ def test_mistakes_in_the_backward_pass():
     args = arguments((2, 8, 4, 4), 4)
     _, mean, rstd = forward(*args)
     dy, *rest = backward_arguments(args, mean, rstd)
-    with pytest.raises(SdaError, match="it must be as x"):
+    with pytest.raises(SdaError, match="pass it as x is"):
         backward(dy.half(), *rest)
     rest[3] = mean[:1]
-    with pytest.raises(SdaError, match="what the forward pass returned"):
+    with pytest.raises(SdaError, match="pass what the forward pass returned"):
         backward(dy, *rest)
 
 

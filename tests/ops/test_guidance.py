@@ -10,7 +10,8 @@ from sda_fast import _core, ops
 from sda_fast.diffusion import LowPass, Schedule
 from sda_fast.diffusion.schedule import STEP_COLUMNS
 from sda_fast.errors import SdaError
-from sda_fast.ops.guidance import TABLE_COLUMNS, guidance
+from sda_fast.ops._checks import COLUMNS
+from sda_fast.ops.guidance import guidance
 from sda_fast.reference.guidance import guidance as plain
 from sda_fast.reference.guidance import guidance_residual
 
@@ -229,7 +230,7 @@ def test_every_output_is_written():
 
 def only_x(x, factor, a=1.0):
     """Arguments for raw = a x and a reference of zero."""
-    table = torch.tensor([[a, *[0.0] * (TABLE_COLUMNS - 1)]])
+    table = torch.tensor([[a, *[0.0] * (COLUMNS - 1)]])
     m = x.shape[2] // factor
     return (
         x,
@@ -302,7 +303,7 @@ def test_nan_is_not_hidden(backend, where):
 
 def test_the_bands():
     """All that is not zero in LowPass's matrices lies where the operators look."""
-    assert len(STEP_COLUMNS) == TABLE_COLUMNS
+    assert len(STEP_COLUMNS) == COLUMNS
     for factor in range(1, 17):
         for low in (1, 2, 3, 4, 7, 16, 32):
             down, gram = matrices(low * factor, factor)
@@ -337,20 +338,22 @@ def test_tracing_and_compiling():
 NAMES = ("x", "out", "reference_down", "down", "gram", "table", "position")
 MISTAKES = {
     "x has shape \\(2, 3, 16\\)": dict(x=torch.zeros(2, 3, 16)),
+    "at most 2\\^30 elements per image, so cut": dict(x=torch.zeros(1).expand(1, 3, 20000, 20000)),
+    "at most 2\\^31 - 1 rows, so pass fewer images": dict(x=torch.zeros(1).expand(2**28, 2, 4, 4)),
     "square images": dict(x=torch.zeros(2, 3, 16, 15)),
-    "out has shape \\(2, 4, 16, 16\\); .* \\[2, 3 or 6, 16, 16\\]": dict(out=torch.zeros(2, 4, 16, 16)),
+    "out has shape \\(2, 4, 16, 16\\); .* \\[2, 3 or, .* 6, 16, 16\\]": dict(out=torch.zeros(2, 4, 16, 16)),
     "a factor D that divides it": dict(down=torch.zeros(3, 16)),
     "down has shape \\(4, 20\\)": dict(down=torch.zeros(4, 20)),
-    "reference_down has shape": dict(reference_down=torch.zeros(2, 3, 16, 16)),
+    "reference_down has shape .* one of shape \\(2, 3, 4, 4\\)": dict(reference_down=torch.zeros(2, 3, 16, 16)),
     "gram has shape": dict(gram=torch.zeros(4, 5)),
-    "table has shape \\(100, 3\\)": dict(table=torch.zeros(100, 3)),
-    "table has no rows": dict(table=torch.zeros(0, 8)),
+    "table has shape \\(100, 3\\); pass guidance Schedule.step_table": dict(table=torch.zeros(100, 3)),
+    "table has shape \\(0, 8\\)": dict(table=torch.zeros(0, 8)),
     "position is torch.int32": dict(position=torch.zeros(2, dtype=torch.int32)),
-    "position is torch.int64 \\(\\)": dict(position=torch.tensor(3)),
-    "x is torch.float16; .* pass x.float": dict(x=torch.zeros(2, 3, 16, 16).half()),
-    "out is torch.float64; guidance takes float32, bfloat16 or float16": dict(out=torch.zeros(2, 3, 16, 16).double()),
+    "position has shape \\(\\)": dict(position=torch.tensor(3)),
+    "x is torch.float16; pass guidance one in float32": dict(x=torch.zeros(2, 3, 16, 16).half()),
+    "out is torch.float64; .* one in float32, bfloat16 or float16": dict(out=torch.zeros(2, 3, 16, 16).double()),
     "position lies on meta and x on cpu": dict(position=torch.zeros(2, dtype=torch.int64, device="meta")),
-    "down is not contiguous": dict(down=torch.zeros(16, 4).T),
+    "down has strides .* pass guidance a contiguous one": dict(down=torch.zeros(16, 4).T),
     "out has shape .* and strides .* side by side": dict(out=torch.zeros(2, 3, 16, 32)[..., ::2]),
     "x has shape .* and strides .* pass x.contiguous": dict(x=torch.zeros(2, 3, 16, 16).transpose(2, 3)),
 }
@@ -417,6 +420,12 @@ def test_on_the_device(backend):
     cotangent, squares, _ = run(only_x(torch.zeros(2, 3, 16, 16), 4))
     assert not cotangent.any()
     assert not squares.any()
+
+
+@pytest.mark.gpu
+def test_rows_beyond_shared_memory_on_the_device():
+    args = arguments(Sizes(1, 1, 1, 2500, 4))
+    assert_as_good_as_plain([r.cpu() for r in guidance(*(a.cuda() for a in args), return_x0=True)], args)
 
 
 @pytest.mark.parametrize("index", [-1, 100, 2**40])

@@ -30,7 +30,7 @@ ABSENT = {
 # Files that hold something else than an operator of their name, or an operator under another name.
 OTHER_NAMES = {"philox": "philox_normal"}  # reference/philox.py
 # Files that hold a part of one operator, or of several.
-PARTS = {"group_norm_silu_backward", "group_norm_silu_tiles", "rows"}
+PARTS = {f"group_norm_silu_{part}" for part in ("backward", "channels_last", "contiguous", "tiles")} | {"rows"}
 # Public operators without files of their own: they live with another one.
 TOGETHER = {"gate_residual": "modulate"}
 NO_OPERATORS = {"BACKENDS", "backend"}
@@ -53,7 +53,7 @@ def test_one_operator_one_name(layer):
     if layer == "reference":  # it holds models and samplers too
         assert expected <= {OTHER_NAMES.get(name, name) for name in names(layer)}
     elif layer == "tests":
-        assert expected == names(layer) - {"compilation", "layers", "registered"}
+        assert expected == names(layer) - {"backend", "compilation", "layers", "registered"}
     else:
         assert expected == names(layer)
 

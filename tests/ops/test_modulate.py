@@ -247,19 +247,19 @@ def test_as_the_model_writes_it():
 
 X, ROWS = torch.zeros(2, 3, 8), torch.zeros(2, 8)
 MISTAKES = {
-    r"x has shape \(2, 8\); modulate needs \[N, T, C\]": (modulate, (ROWS, ROWS, ROWS)),
+    r"x has shape \(2, 8\); pass modulate tokens \[N, T, C\]": (modulate, (ROWS, ROWS, ROWS)),
     r"C from 1 to 8192": (modulate, (torch.zeros(1, 1, 8193), torch.zeros(1, 8193), torch.zeros(1, 8193))),
     r"x has shape \(2, 3, 0\)": (gate_residual, (X[..., :0], ROWS[:, :0], X[..., :0])),
-    r"shift has shape \(2, 7\); modulate needs \(2, 8\)": (modulate, (X, ROWS[:, :7], ROWS)),
+    r"shift has shape \(2, 7\); for this x pass modulate one of shape \(2, 8\)": (modulate, (X, ROWS[:, :7], ROWS)),
     r"scale has shape \(1, 8\)": (modulate, (X, ROWS, ROWS[:1])),
-    r"gate has shape \(2, 3, 8\); gate_residual needs \(2, 8\)": (gate_residual, (X, X, X)),
+    r"gate has shape \(2, 3, 8\); for this x pass gate_residual one of shape \(2, 8\)": (gate_residual, (X, X, X)),
     r"y has shape \(2, 2, 8\)": (gate_residual, (X, ROWS, X[:, 1:])),
-    r"x is torch.float64; modulate takes float32": (modulate, (X.double(), ROWS, ROWS)),
+    r"x is torch.float64; pass modulate one in float32, bfloat16 or float16": (modulate, (X.double(), ROWS, ROWS)),
     r"gate is torch.int64": (gate_residual, (X, ROWS.long(), X)),
-    r"shift lies on meta, x on cpu": (modulate, (X, ROWS.to("meta"), ROWS)),
-    r"x has strides .* pass x.contiguous\(\)": (modulate, (X.mT.contiguous().mT, ROWS, ROWS)),
-    r"scale has strides": (modulate, (X, ROWS, ROWS.T.contiguous().T)),
-    r"y has strides": (gate_residual, (X, ROWS, X.mT.contiguous().mT)),
+    r"shift lies on meta and x on cpu; pass both": (modulate, (X, ROWS.to("meta"), ROWS)),
+    r"x has shape .* and strides .* pass x.contiguous\(\)": (modulate, (X.mT.contiguous().mT, ROWS, ROWS)),
+    r"scale has shape .* and strides .* pass": (modulate, (X, ROWS, ROWS.T.contiguous().T)),
+    r"y has shape .* and strides .* pass": (gate_residual, (X, ROWS, X.mT.contiguous().mT)),
 }
 
 

@@ -106,15 +106,17 @@ def test_tracing_and_compiling():
 
 
 MISTAKES = {
-    "not 'nearest'": dict(mode="nearest"),
+    "mode is 'nearest'; .* choose one of them": dict(mode="nearest"),
     "x is torch.float64": dict(x=torch.zeros(2, 3, 4, 5, dtype=torch.float64)),
-    "x is torch.float32 \\(3, 4, 5\\)": dict(x=torch.zeros(3, 4, 5)),
+    "x has shape \\(3, 4, 5\\); pass to_uint8 images": dict(x=torch.zeros(3, 4, 5)),
     "pass x.contiguous\\(\\)": dict(x=torch.zeros(2, 3, 5, 4).transpose(2, 3)),
     "2\\^30": dict(x=torch.zeros(1).expand(1, 3, 2**15, 2**15)),
-    "out is torch.int8": dict(out=torch.zeros(2, 4, 5, 3, dtype=torch.int8)),
-    "out is torch.uint8 \\(2, 3, 4, 5\\)": dict(out=torch.zeros(2, 3, 4, 5, dtype=torch.uint8)),
-    "with strides \\(60, 1, 4, 20\\)": dict(out=torch.zeros(2, 3, 5, 4, dtype=torch.uint8).permute(0, 3, 2, 1)),
-    "on meta": dict(out=torch.zeros(2, 4, 5, 3, dtype=torch.uint8, device="meta")),
+    "out is torch.int8; pass to_uint8 one in uint8": dict(out=torch.zeros(2, 4, 5, 3, dtype=torch.int8)),
+    "out has shape \\(2, 3, 4, 5\\)": dict(out=torch.zeros(2, 3, 4, 5, dtype=torch.uint8)),
+    "strides \\(60, 1, 4, 20\\); .* a contiguous one": dict(
+        out=torch.zeros(2, 3, 5, 4, dtype=torch.uint8).permute(0, 3, 2, 1)
+    ),
+    "out lies on meta and x on cpu; pass": dict(out=torch.zeros(2, 4, 5, 3, dtype=torch.uint8, device="meta")),
 }
 
 
