@@ -23,6 +23,7 @@ from sda_fast.models.vae import load_vae, vae_file
 from sda_fast.report.tables import Cell, Table
 from sda_fast.stages.align import align, align_record, check_align
 from sda_fast.stages.config import RunConfig
+from sda_fast.stages.evaluate import images_kept
 from sda_fast.stages.finetune import MODEL, finetune
 from sda_fast.stages.manifest import MANIFEST, check_output
 from sda_fast.stages.pipeline import Stage, check, methods_of, recipe_of, stages_of
@@ -160,8 +161,8 @@ def _plan_evaluate(stage: Stage, config: RunConfig, rates: Rates, images: int) -
         each += (cost.classifier + BACKWARD * cost.classifier_backward) * forward
         if network := getattr(method, "adm", None) or getattr(method, "dit", None):
             each += (cost.diffusion + BACKWARD * cost.diffusion_backward) * _step_flops(network, guided=False)
-    kept = [json.loads(path.read_text())["images"] for path in (out.folder / "rows").rglob("*.json")]
-    left = images - (done := sum(map(len, kept)))
+    done = images_kept(out.folder, find_images(config.target)[0])
+    left = images - done
     reads = ", ".join(str(folder) for folder in (config.target, *stage.arguments["projections"].values()))
     size = 2 * left * len(stage.arguments["methods"])  # an outcome is one character, in two files
     return _planned(stage, reads, images, done, left * each, size, rates.of("", None, None))

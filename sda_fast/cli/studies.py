@@ -110,7 +110,8 @@ def _settings(
         written = write_testbed(settings.target, 1 if per_class is None else per_class, corruptions or CORRUPTIONS)
         if (found := len(list_images(settings.target))) != written["images"]:
             asked = f"{settings.target} holds {found} patches, these options ask for {written['images']}"
-            raise SdaError(f"{asked}: give the --per-class and --corruption that it was made with, or another --output")
+            way_out = "give the --per-class and --corruption that it was made with, another --output, or delete it"
+            raise SdaError(f"{asked}: {way_out}")
     else:
         if per_class is not None or corruptions or synthetic is not None:
             raise SdaError("--per-class, --corruption and --synthetic are for --preset photos: change the file instead")

@@ -24,8 +24,8 @@ def autograd_bytes(step: Step, example: tuple[Tensor, ...]) -> int:
     """Bytes that PyTorch keeps for a backward pass when it runs the step as written: unlike a graph it keeps the inputs
     of convolutions, which frozen weights do not need."""
     kept: dict[int, Tensor] = {}
+    weights = {_storage(tensor) for tensor in (*step.parameters(), *step.buffers())}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        weights = {_storage(mode.from_tensor(t)) for t in (*step.parameters(), *step.buffers())}
 
         def keep(tensor: Tensor) -> Tensor:
             kept[_storage(tensor)] = tensor  # the tensor as well, or another could get its place

@@ -38,7 +38,13 @@ def choose_examples(target: str | Path, limit: int = 15) -> list[Example]:
     groups: dict[str, list[ImageFile]] = {}
     for file in list_images(target):
         groups.setdefault("/".join(file.name.split("/")[:-2]), []).append(file)
-    clean = {_place(file): file for file in groups.pop("clean", [])}
+    clean = {_place(file): file for file in (groups.pop("clean", []) if len(groups) > 1 else [])}
+    by_corruption: dict[str, list[str]] = {}
+    for name in groups:
+        corruption, _, severity = name.rpartition("/")
+        by_corruption.setdefault(corruption if corruption and severity.isdigit() else name, []).append(name)
+    # Of several severities the middle one.
+    groups = {names[len(names) // 2]: groups[names[len(names) // 2]] for names in by_corruption.values()}
     if len(groups) == 1:
         (files,) = groups.values()
         chosen = [(file.class_name, file) for file in spread(files, min(5, limit))]

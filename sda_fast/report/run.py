@@ -80,7 +80,8 @@ def report_results(
     except ValueError as error:
         raise SdaError(f"{', '.join(map(str, (path, *further)))}: {error}") from error
     pictures, lacking = _pictures(path.parent, record, grad_cam)
-    seconds = ", ".join(f"{stage} {value}" for stage, value in (record.get("seconds") or {}).items())
+    spent = record.get("seconds") or {}  # of a study with the images made in them
+    seconds = ", ".join(f"{stage} {t['seconds'] if isinstance(t, dict) else t}" for stage, t in spent.items())
     page = write_report(
         output or path.parent / "report.html",
         "Test-time adaptation with diffusion models",

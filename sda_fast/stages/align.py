@@ -119,12 +119,12 @@ def align(
     workers: int = 1,
     quiet: bool | None = None,
 ) -> dict[str, Any]:
-    """Project every image below `input` into `output` under the same relative path as PNG; returns a summary.
+    """Project every image below `input` into `output` under the same relative path; returns a summary.
 
-    Images are cut to the ADM's size as guided-diffusion crops. An image's result depends on its path, its pixels
-    and the settings alone (with norm="batch" also on the others of its group, consecutive in the sorted list).
-    Resumes where an earlier run stopped. What cannot be read is left out and stands in `<output>/failures.json`, with
-    norm="batch" together with its group; a later call tries it again.
+    Files are PNG, or as `settings.format` says. Images are cut to the ADM's size as guided-diffusion crops. An image's
+    result depends on its path, its pixels and the settings alone (with norm="batch" also on the others of its group,
+    consecutive in the sorted list). Resumes where an earlier run stopped. What cannot be read is left out and stands in
+    `<output>/failures.json`, with norm="batch" together with its group; a later call tries it again.
 
     Raises SdaError for wrong folders, weights and settings.
     """

@@ -1,7 +1,10 @@
 """The execution batch of a stage: given, chosen by memory, or what an earlier run of the same folder ended with."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
+
+import torch
 
 from sda_fast.engines.batch_size import affordable_batch
 from sda_fast.projector import Projector, Purifier
@@ -37,7 +40,11 @@ def _chosen(out: Output, asked: BatchSize, make: Callable[[], Projector | Purifi
     if asked != "auto":
         return asked
     run = make()
-    most = affordable_batch(run.network.step, run.network.engine.name, max(1, workers) * processes_here())
+    step = run.network.step
+    sharing = max(1, workers) * processes_here()
+    if next(step.parameters()).is_cuda:  # the processes of torchrun are spread over the GPUs
+        sharing = max(1, workers) * math.ceil(processes_here() / torch.cuda.device_count())
+    most = affordable_batch(step, run.network.engine.name, sharing)
     size = max(1, most // run.batch_unit) * run.batch_unit
     out.record(batch_size=size)
     return size

@@ -15,7 +15,7 @@ from sda_fast.errors import SdaError
 from sda_fast.stages.align import AlignSettings
 from sda_fast.stages.synthesize import SynthesizeSettings
 
-STUDIES = ("compare", "ablate")
+STUDIES = ("compare", "ablate", "finetuned")
 
 
 @dataclass(frozen=True)

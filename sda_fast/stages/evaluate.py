@@ -145,7 +145,7 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     with progress(len(files), f"evaluating {name}", quiet) as reporter:
         for group, members in _groups(files).items():
-            kept = out.folder / "rows" / f"{group or 'all'}.json"
+            kept = _rows_file(out.folder, group)
             names = [member.name for member in members]
             if (earlier := _kept(kept, names)) is not None:
                 rows += earlier
@@ -171,6 +171,16 @@ def evaluate(
     write_failures(out.folder, failures)
     out.finish({"images": found, "rows": len(rows), "failed": len(failures)})
     return rows
+
+
+def images_kept(output: Path, files: Sequence[ImageFile]) -> int:
+    """For how many of the images an earlier run into `output` kept rows that a further one takes."""
+    groups = {group: [file.name for file in members] for group, members in _groups(files).items()}
+    return sum(len(names) for group, names in groups.items() if _kept(_rows_file(output, group), names) is not None)
+
+
+def _rows_file(output: Path, group: str) -> Path:
+    return output / "rows" / f"{group or 'all'}.json"
 
 
 def _kept(path: Path, names: list[str]) -> list[dict[str, Any]] | None:

@@ -54,7 +54,10 @@ def finetune(
     files = _list(input, others)
     classifier = load_classifier(model)
     labels = label_indices(files, classifier.classes)
-    if not isinstance(recipe, Recipe):
+    if isinstance(recipe, Recipe):
+        if (drop_path, micro_batch, stop_after) != (None, None, None):
+            raise SdaError("drop_path, micro_batch and stop_after go with a recipe's name: set them in the Recipe")
+    else:
         architecture = classifier.config["architecture"]
         recipe = recipe_for(recipe, architecture, drop_path=drop_path, micro_batch=micro_batch, stop_after=stop_after)
     _require_parts(recipe, others)
@@ -69,7 +72,9 @@ def finetune(
     out = open_output(output, "finetune", settings)
     target = out.folder / MODEL
     summary = {"images": len(files), "epochs": recipe.last_epoch, "output": str(target)}
-    if target.exists() if others is None else others.share(target.exists()):
+    state = out.folder / STATE  # goes last: with it beside the model, a run was stopped between the two
+    finished = target.exists() and not state.exists()
+    if finished if others is None else others.share(finished):
         return summary
 
     shapes = _shapes(files, others)
@@ -80,8 +85,8 @@ def finetune(
         _, metadata = read_checkpoint(model)
         metadata = metadata or {"kind": "classifier", "config": classifier.config}  # the file is another library's
         save_checkpoint(target, trained.cpu(), metadata)
-        (out.folder / STATE).unlink(missing_ok=True)
         out.finish({**summary, "loss_per_epoch": losses})
+        (out.folder / STATE).unlink(missing_ok=True)
     wait_for_all()
     return {**summary, "loss": losses[-1]}
 

@@ -115,7 +115,8 @@ def stages_of(config: RunConfig) -> list[Stage]:
         stages.append(Stage(f"evaluate {name}", evaluate, {"output": output, **common, **whole, **_networks(config)}))
         if config.evaluate.ablation and "sda" in methods:
             output = root / "evaluation" / f"{name}-unaligned"
-            other = {"output": output, "finetuned": adapted["raw", name], "methods": ["sda"]}
+            options = {"sda": config.evaluate.options["sda"]} if "sda" in config.evaluate.options else {}
+            other = {"output": output, "finetuned": adapted["raw", name], "methods": ["sda"], "options": options}
             stages.append(Stage(f"evaluate {name}, not aligned", evaluate, {**common, **other}))
     return stages
 

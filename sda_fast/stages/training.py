@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sda_fast.data import ImageFile, to_unit
+from sda_fast.engines.batch_size import is_out_of_memory
 from sda_fast.errors import SdaError
 from sda_fast.files import write_bytes
 from sda_fast.models import Classifier
@@ -107,17 +108,20 @@ def _gradient(
     images = sum(map(len, parts))
     total = torch.zeros((), dtype=torch.float64, device=device)
     for number, part in _mine(parts, others):
-        x, y = (t.to(device, non_blocking=True) for t in next(loaded))
+        batch = next(loaded)
         # Stochastic depth and dropout draw from torch's generator of the device.
         torch.manual_seed(int(np.random.SeedSequence([*draw, number]).generate_state(1, np.uint64)[0]))
         try:
+            x, y = (t.to(device, non_blocking=True) for t in batch)
             with _running_statistics(classifier, moving=number == 0):
                 loss = part_loss(classifier(to_unit(x)), y, recipe)
             (loss * (len(part) / images)).backward()
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise SdaError(
                 f"the device's memory does not hold the training of {len(part)} images at once: give a smaller "
-                "--micro-batch (without BatchNorm, the model is the same) and another --output"
+                "--micro-batch (without BatchNorm and stochastic depth, the model is the same) and another --output"
             ) from error
         total += loss.detach().double() * len(part)
     if others is not None:
@@ -154,7 +158,10 @@ def _mean_loss(total: Tensor, images: int, epoch: int, others: Ranks | None) -> 
     sums = [total.item()] if others is None else others.gather(total.item())
     loss = round(sum(sums) / images, 5)
     if not math.isfinite(loss):
-        raise SdaError(f"the loss became {loss} in epoch {epoch + 1}: lower the learning rate")
+        raise SdaError(
+            f"the loss became {loss} in epoch {epoch + 1}: check the images and the source model, or give another "
+            "--recipe and another --output"
+        )
     return loss
 
 

@@ -1,5 +1,6 @@
 """The study "ablate": what each part of SDA is worth (paper, tables 4, 5 and 6)."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def ablate(config: StudyConfig, *, quiet: bool | None = None, log: Log = lambda 
     images of its own. Raises SdaError for settings out of range, and as the stages do.
     """
     alone("ablate")
-    check(config)
+    check(replace(config, finetuned={}), ["source", "dda", "sda"])  # it fine-tunes by itself
     _check(config)
     contenders = [
         Contender(label, _folder(label), method, model, options)

@@ -8,11 +8,12 @@ from typing import Any
 
 from sda_fast.errors import SdaError
 from sda_fast.methods import method_class
-from sda_fast.methods.ensembles import MODES
+from sda_fast.models import load_classifier
+from sda_fast.stages.pipeline import check as check_run
 from sda_fast.stages.ranks import alone
 from sda_fast.statistics import Row
 from sda_fast.studies.config import StudyConfig, chosen_methods, chosen_streams
-from sda_fast.studies.contenders import Contender, examined
+from sda_fast.studies.contenders import Contender, examined, options_of
 from sda_fast.studies.prepare import Log, finetuned_models, project, seconds_per_stage, synthetic_images
 from sda_fast.studies.scoring import corrupted_groups, score
 from sda_fast.studies.streams import ANY
@@ -43,11 +44,11 @@ def compare(config: StudyConfig, *, quiet: bool | None = None, log: Log = lambda
     """
     alone("compare")
     methods, streams = chosen_methods(config.compare), chosen_streams(config.compare)
-    check(config)
+    check(config, methods)
     contenders = examined(
         config,
         [
-            Contender(method_class(name).title, name, name, model, config.compare.options.get(name, {}))
+            Contender(method_class(name).title, name, name, model, options_of(config, name))
             for model in config.classifiers
             for name in methods
         ],
@@ -70,21 +71,18 @@ def result(config: StudyConfig, study: str, rows: list[Row], usual: str) -> Resu
     return Result(study, rows, seconds, asdict(config), usual, _pretraining(config))
 
 
-def check(config: StudyConfig) -> None:
+def check(config: StudyConfig, methods: Sequence[str]) -> None:
     """What a later stage would refuse, before the hours of the earlier ones."""
-    if not config.classifiers:
-        raise SdaError("classifiers is empty: name at least one")
-    for name in config.finetuned:
+    for name, path in config.finetuned.items():
         if name not in config.classifiers:
             raise SdaError(f"finetuned: {name!r} is no classifier of this study; known are {list(config.classifiers)}")
-    for kind, settings in (("dda", config.align), ("diffpure", config.diffpure)):
-        if settings.projection != kind:
-            table = "align" if kind == "dda" else "diffpure"
-            raise SdaError(f"[{table}] projection = {settings.projection!r} must be {kind!r}: remove that line")
-    if config.evaluate.mode not in MODES:
-        raise SdaError(f"[evaluate] mode = {config.evaluate.mode!r} is not known; choose one of {', '.join(MODES)}")
-    if config.evaluate.batch_size < 1:
-        raise SdaError(f"[evaluate] batch_size = {config.evaluate.batch_size} is out of range: give at least 1")
+        source = load_classifier(weights_path(config.classifiers[name]))
+        if load_classifier(weights_path(path)).classes != source.classes:
+            raise SdaError(f"finetuned: {path} has other classes than {name}: fine-tune that one")
+    if config.finetuned.keys() >= config.classifiers.keys():  # then nothing is synthesised
+        methods = [name for name in methods if not method_class(name).finetuned]
+    options = {name: found for name in methods if (found := options_of(config, name))}
+    check_run(replace(config, evaluate=replace(config.evaluate, methods=tuple(methods), options=options)))
     corrupted_groups(config)
 
 

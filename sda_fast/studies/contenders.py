@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sda_fast.engines.classifier import EngineClassifier
 from sda_fast.errors import SdaError
 from sda_fast.methods import create, method_class
 from sda_fast.methods.base import Method
@@ -55,12 +56,19 @@ class Loader:
             given["finetuned"] = self.classifier(contender.finetuned) if contender.finetuned else source
             if given["finetuned"].classes != source.classes:
                 raise SdaError(f"{contender.finetuned} has other classes than {contender.model}: fine-tune that one")
+            given["finetuned"] = self._on_engine(given["finetuned"], contender)
         taken = {name: value for name, value in given.items() if name in signature(kind).parameters}
-        return create(contender.method, source, **{**taken, **contender.options})
+        return create(contender.method, self._on_engine(source, contender), **{**taken, **contender.options})
 
     def source(self, contender: Contender) -> Classifier:
         """The classifier as it came."""
         return self.classifier(weights_path(self.config.classifiers[contender.model]))
+
+    def _on_engine(self, classifier: Classifier, contender: Contender) -> nn.Module:
+        if not engine_settings(self.config, contender):
+            return classifier
+        chosen, batch_size = self.config.evaluate, images_at_once(self.config, contender)
+        return EngineClassifier(classifier, classifier.input_size, chosen.engine, chosen.precision, batch_size)
 
     def _classifier(self, path: Path) -> Classifier:
         return load_classifier(path).to(self.config.device)
@@ -103,7 +111,19 @@ def recorded(config: StudyConfig, contender: Contender, projections: Mapping[str
         settings["mode"] = evaluate.mode
     if contender.per_image:
         settings["batch_size"] = images_at_once(config, contender)
-    return settings
+    return settings | engine_settings(config, contender)
+
+
+def engine_settings(config: StudyConfig, contender: Contender) -> dict[str, str]:
+    """Engine and precision of the classifier, where they are not the defaults and the method does not differentiate."""
+    chosen = {"engine": config.evaluate.engine, "precision": config.evaluate.precision}
+    plain = chosen == {"engine": "eager", "precision": "fp32"}
+    return {} if plain or method_class(contender.method).differentiates else chosen
+
+
+def options_of(config: StudyConfig, method: str) -> dict[str, Any]:
+    """A method's options: those of the run's evaluation, and over them those of the comparison."""
+    return {**config.evaluate.options.get(method, {}), **config.compare.options.get(method, {})}
 
 
 def images_at_once(config: StudyConfig, contender: Contender) -> int:

@@ -137,7 +137,9 @@ def _timed(config: StudyConfig, stage: str, workers: int) -> Iterator[list[int]]
     seconds = (time.monotonic() - begun) * workers
     if sum(made):
         times = seconds_per_stage(config)
-        before = times.get(stage, {"seconds": 0.0, "images": 0})
+        # What is done again replaces what it took before, unlike images that are added to a folder.
+        again = stage.startswith("finetune")
+        before = {"seconds": 0.0, "images": 0} if again else times.get(stage, {"seconds": 0.0, "images": 0})
         times[stage] = {
             "seconds": round(before["seconds"] + seconds, 2),
             "images": before["images"] + sum(made),

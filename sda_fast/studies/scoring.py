@@ -210,6 +210,7 @@ def _make_show(config: StudyConfig, source: Classifier, files: Sequence[ImageFil
     crop = EvaluationCrop(source.input_size, source.resize if evaluate.resize else source.input_size)
     reader = make_reader(evaluate.decoder, crop, reading_threads(config.workers))
     originals = {file.key: file for file in files}
+    projected = {} if folder is None else {file.key: file for file in list_images(folder)}
 
     def read(files: list[ImageFile]) -> Tensor:
         arrays = []
@@ -221,6 +222,6 @@ def _make_show(config: StudyConfig, source: Classifier, files: Sequence[ImageFil
 
     def show(keys: list[str]) -> tuple[Tensor, Tensor | None]:
         images = read([originals[key] for key in keys])
-        return images, None if folder is None else read([ImageFile(folder, f"{key}.png") for key in keys])
+        return images, None if folder is None else read([projected[key] for key in keys])
 
     return show

@@ -43,8 +43,17 @@ def test_examples_of_a_plain_folder_and_of_one_corruption(tmp_path, write_images
     assert all(e.words == e.title and e.original is None for e in choose_examples(target))
 
 
-def test_clean_images_alone_are_no_examples(tmp_path, write_images):
-    assert choose_examples(write_images(tmp_path / "plain", ["clean/a/1.png"])) == []
+def test_clean_images_alone_are_shown(tmp_path, write_images):
+    (example,) = choose_examples(write_images(tmp_path / "plain", ["clean/a/1.png"]))
+    assert (example.file.name, example.original) == ("clean/a/1.png", None)
+
+
+def test_of_several_severities_one_is_shown_of_every_corruption(tmp_path, write_images):
+    kinds = [f"c{i:02d}" for i in range(15)]
+    names = [f"{kind}/{severity}/{label}/1.png" for kind in kinds for severity in range(1, 6) for label in "ab"]
+    examples = choose_examples(write_images(tmp_path / "many", names, size=(4, 4)))
+    assert [example.title for example in examples] == [f"{kind} 3" for kind in kinds]
+    assert {example.file.class_name for example in examples} == {"a", "b"}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +114,7 @@ def test_grad_cam_panels(folders, tiny, name):
 
 def test_a_missing_projection_is_named(folders):
     (folders["dda"] / "fog/3/ant/1.png").unlink()
-    with pytest.raises(SdaError, match=r"fog/3/ant/1\.png cannot be read"):
+    with pytest.raises(SdaError, match=r"dda has no projection of fog/3/ant/1\.png: align it first"):
         before_after(choose_examples(folders["target"]), projections(folders))
 
 
