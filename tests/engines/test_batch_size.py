@@ -10,7 +10,7 @@ from sda_fast.engines import GuidedStep
 from sda_fast.engines import batch_size as module
 from sda_fast.engines.batch_size import affordable_batch, is_out_of_memory, smaller_batch
 from sda_fast.engines.graph import trace
-from sda_fast.engines.memory import needed_bytes, peak_bytes
+from sda_fast.engines.memory import autograd_bytes, needed_bytes, peak_bytes
 from sda_fast.errors import SdaError
 from sda_fast.models import load_adm
 
@@ -70,6 +70,8 @@ def test_a_batch_fills_four_fifths_of_a_share_of_the_memory_that_is_free(tiny, m
     graph, eager = (needed_bytes(step, step.example(2), engine) / 2 for engine in ("inductor", "eager"))
     assert graph == peak_bytes(trace(step, step.example(2))) / 2
     assert 1.2 * graph < eager < 3 * graph  # autograd keeps the inputs of convolutions as well
+    kept = [autograd_bytes(step, step.example(n)) for n in (2, 4)]
+    assert 1.9 * kept[0] < kept[1] <= 2 * kept[0]  # images, and what they share of a step; weights do not count
     needed = eager
     assert needed > 16 * 16 * 32 * 4  # at least one activation
     free = 0.0

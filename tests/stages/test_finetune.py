@@ -14,6 +14,7 @@ from sda_fast.models.checkpoints import read_checkpoint
 from sda_fast.stages import loading, training
 from sda_fast.stages.augment import make_augmentation
 from sda_fast.stages.finetune import MODEL, finetune
+from sda_fast.stages.manifest import Output
 from sda_fast.stages.optimization import learning_rate
 from sda_fast.stages.recipes import RECIPES, Recipe
 
@@ -86,6 +87,30 @@ def test_an_interrupted_run_goes_on_to_the_same_model(tmp_path, images, tiny, mo
     finetune(images, tmp_path / "whole", model, recipe)
     assert (tmp_path / "out" / MODEL).read_bytes() == (tmp_path / "whole" / MODEL).read_bytes()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", MODEL]
+
+
+def test_stopped_between_the_model_and_the_manifest(tmp_path, images, tiny, monkeypatch):
+    """The losses are not lost, and nothing stays behind."""
+
+    def stop(self, summary):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(images, tmp_path / "out", tiny.resnet, QUICK)
+    model = (tmp_path / "out" / MODEL).read_bytes()
+    finetune(images, tmp_path / "out", tiny.resnet, QUICK)
+    assert (tmp_path / "out" / MODEL).read_bytes() == model
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert len(manifest["finished"]["loss_per_epoch"]) == QUICK.epochs
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", MODEL]
+
+
+def test_options_beside_a_recipe_are_refused(tmp_path, images, tiny):
+    with pytest.raises(SdaError, match="go with a recipe's name: set them in the Recipe"):
+        finetune(images, tmp_path / "out", tiny.resnet, QUICK, stop_after=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_reading_processes_change_nothing(tmp_path, images, tiny):
@@ -204,7 +229,7 @@ def test_images_smaller_than_the_model_are_refused(tmp_path, tiny, write_images)
 
 
 def test_a_loss_that_explodes_is_reported(tmp_path, images, tiny):
-    with pytest.raises(SdaError, match=r"the loss became (nan|inf) in epoch \d: lower the learning rate"):
+    with pytest.raises(SdaError, match=r"the loss became (nan|inf) in epoch \d: check the images and the source model"):
         finetune(images, tmp_path / "out", tiny.resnet, replace(QUICK, lr=1e30, warmup_epochs=0, clip_norm=None))
 
 
@@ -213,9 +238,12 @@ def test_a_negative_seed_is_refused(tmp_path, images, tiny):
         finetune(images, tmp_path / "out", tiny.resnet, QUICK, seed=-1)
 
 
-def test_memory_that_does_not_suffice(tmp_path, images, tiny, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_does_not_suffice(tmp_path, images, tiny, monkeypatch, error):
     def too_much(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(training, "part_loss", too_much)
     with pytest.raises(SdaError, match="does not hold the training of 4 images at once: give a smaller --micro-batch"):

@@ -3,9 +3,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sda_fast.errors import SdaError
 from sda_fast.methods import METHODS
+from sda_fast.stages.config import read_config
 from sda_fast.stages.evaluate import evaluate
 from sda_fast.studies import compare as module
 from sda_fast.studies import scoring
@@ -196,6 +198,31 @@ def test_a_model_that_is_fine_tuned_already_is_taken(tmp_path, study, call, tiny
     assert "finetuned: 'swin' is no classifier of this study" in message
 
 
+def test_what_the_evaluation_says_counts(tmp_path, study, call, tiny):
+    """Engine and options of a run's evaluation."""
+    study = study.replace("memo = { views = 2 }\n", "")
+    study += '[evaluate]\nengine = "onnx"\n[evaluate.options.memo]\nviews = 3\n'
+    call("compare", study, "--method", "source", "--method", "memo")
+    settings = [
+        json.loads((tmp_path / f"out/compare/resnet/{m}/manifest.json").read_text()) for m in ("source", "memo")
+    ]
+    assert settings[0]["settings"]["engine"] == "onnx"
+    assert settings[1]["settings"]["options"] == {"views": 3}
+    assert "engine" not in settings[1]["settings"]  # it differentiates the module
+    path = tmp_path / "shared.toml"
+    path.write_text(study + '[finetuned]\nresnet = "m.safetensors"\n')
+    read_config(path)  # a run passes over what is a study's
+
+
+def test_projections_as_jpegs_are_found(tmp_path, study, call):
+    for file in (tmp_path / "target").rglob("*.png"):
+        Image.open(file).convert("RGB").save(file.with_suffix(".jpg"))
+        file.unlink()
+    rows = call("compare", study.replace("[align]", '[align]\nformat = "original"'), "--method", "dda")
+    assert len(rows) == 4
+    assert list((tmp_path / "out" / "projected" / "dda").rglob("*.jpg"))
+
+
 def test_an_image_that_cannot_be_read_stops_the_study(tmp_path, study, call):
     (tmp_path / "target" / "fog" / "3" / "ant" / "1.png").write_text("no picture")
     assert "fog/3/ant/1.png is not an image" in call("compare", study, "--method", "source", code=2)
@@ -286,6 +313,9 @@ def test_torchrun_is_refused(study, tmp_path, monkeypatch):
         ("[compare]", "[compare]\nbatch_sizes = [0]", "batch_sizes = [0] is out of range"),
         ("[compare]", '[compare]\nmixed_classes = ["yes"]', "mixed_classes = ['yes'] is of another type; give a list"),
         ("target = ", 'target = "nowhere" #', "target nowhere does not exist"),
+        ('recipe = "photos"', 'recipe = "typo"', "recipe 'typo' is not known"),
+        ("[align]", '[align]\nengine = "none"', "engine 'none' is not known"),
+        ("[compare]", '[finetuned]\nresnet = "nowhere.safetensors"\n[compare]', "nowhere.safetensors"),
     ],
 )
 def test_what_would_fail_later_fails_at_once(tmp_path, study, call, old, new, message):
