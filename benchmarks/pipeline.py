@@ -193,6 +193,8 @@ def measure(stage: Callable[[Run], Done], run: Run) -> dict[str, Any]:
         done = stage(run)
         wait(run.device)
         seconds = time.perf_counter() - begin
+        if not done.images:
+            raise RuntimeError("a call before made the last image but no row: run the stages anew for its seconds")
         peak = torch.cuda.max_memory_allocated() - before if gpu else None
         return {**figures(done, seconds, run.batch_size), "peak_bytes": peak, "settings": done.settings, **here}
     except Exception as error:  # whatever it is, the next stage is tried: machines to measure on are rare
