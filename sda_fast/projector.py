@@ -12,8 +12,7 @@ from sda_fast.diffusion import LowPass, Schedule
 from sda_fast.diffusion.guidance import Guided, Norm, finish
 from sda_fast.diffusion.samplers import Draw, ReverseSteps, q_sample
 from sda_fast.engines import Engine, GuidedStep, Precision, Step, UnguidedStep
-from sda_fast.engines.batch_size import is_out_of_memory, smaller_batch
-from sda_fast.engines.runner import Runner
+from sda_fast.engines.runner import Runner, halving
 from sda_fast.errors import SdaError
 from sda_fast.execution import Batch, Noise, batches, check_images
 from sda_fast.models.adm import ADM
@@ -120,14 +119,7 @@ class _Reverse:
         Where memory runs out, `batch_size` is halved, for good, and the images are begun again.
         Raises SdaError for images of another shape, integer or non-finite ones, and noise or seeds that do not fit.
         """
-        while True:
-            try:
-                return deque(self.steps(images, noise, seeds), maxlen=1).pop()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.batch_size = smaller_batch(self.batch_size or len(images), error, self.batch_unit)
-            self.network.forget()  # not above, where the error's traceback keeps all tensors of the failed run
+        return halving(self, len(images), lambda: deque(self.steps(images, noise, seeds), maxlen=1).pop())
 
 
 class Projector(_Reverse):

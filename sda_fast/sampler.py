@@ -9,8 +9,7 @@ from torch import Tensor
 from sda_fast.diffusion import Schedule
 from sda_fast.diffusion.samplers import ReverseSteps
 from sda_fast.engines import DiTStep, Engine, Precision
-from sda_fast.engines.batch_size import is_out_of_memory, smaller_batch
-from sda_fast.engines.runner import Runner
+from sda_fast.engines.runner import Runner, halving
 from sda_fast.errors import SdaError
 from sda_fast.execution import Batch, Noise, batches
 from sda_fast.models.dit import DiT
@@ -80,15 +79,12 @@ class Sampler:
             raise SdaError(f"labels must be [N] integers from 0 to {dit.num_classes - 1}")
         blank = torch.empty(len(labels), dit.in_channels, dit.input_size, dit.input_size, device=device)
         source = Noise(blank, self.seed, seeds, noise, len(self.schedule) + 1)
-        while True:
-            try:
-                results = [self._sample(part, labels, blank, source) for part in batches(len(labels), self.batch_size)]
-                return torch.cat([blank[:0], *results])
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.batch_size = smaller_batch(self.batch_size or len(labels), error)
-            self.network.forget()  # not above, where the error's traceback keeps all tensors of the failed run
+
+        def sample() -> Tensor:
+            results = [self._sample(part, labels, blank, source) for part in batches(len(labels), self.batch_size)]
+            return torch.cat([blank[:0], *results])
+
+        return halving(self, len(labels), sample)
 
     @torch.no_grad()
     def _sample(self, part: Batch, labels: Tensor, blank: Tensor, source: Noise) -> Tensor:

@@ -4,6 +4,7 @@ The same stage aligns the synthetic images of SDA's first half and projects the 
 """
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,10 +144,7 @@ def align(
     size = settings.norm_group if grouped else 1
     groups = [[file.key for file in files[i : i + size]] for i in range(0, len(files), size)]
     by_key = {file.key: file for file in files}
-
-    def done(key: str) -> bool:
-        return out.done(key, settings.suffix(by_key[key]))
-
+    done = partial(_done, out, settings, by_key)
     todo = plan(groups, done, batch_size)
     group_of = {key: group for group in groups for key in group} if grouped else {}
     # A worker among several cannot know its next batch; while it reads, the others compute.
@@ -205,9 +203,7 @@ def _make_work(
     project = make_projection(model, settings, batch_size)
     reader = make_reader(settings.decoder, DiffusionCrop(model.image_size), threads)
     read, write = Prefetcher(lambda keys: reader([files[key] for key in keys]), foreseen), Writer()
-
-    def done(key: str) -> bool:
-        return out.done(key, settings.suffix(files[key]))
+    done = partial(_done, out, settings, files)
 
     def work(keys: list[str]) -> Failures:
         cropped = dict(zip(keys, read(keys), strict=True))
@@ -228,6 +224,10 @@ def _make_work(
         return {files[key].name: reason for key, reason in reasons.items() if not done(key)}
 
     return work
+
+
+def _done(out: Output, settings: AlignSettings, files: dict[str, ImageFile], key: str) -> bool:
+    return out.done(key, settings.suffix(files[key]))
 
 
 def _reason(key: str, unreadable: dict[str, str], group_of: dict[str, list[str]]) -> str | None:

@@ -111,9 +111,9 @@ def evaluate(
     def quick(classifier: Classifier) -> nn.Module:
         if plain:
             return classifier
-        quick = EngineClassifier(classifier, classifier.input_size, engine, precision, batch_size)
-        quick.check(device)
-        return quick
+        running = EngineClassifier(classifier, classifier.input_size, engine, precision, batch_size)
+        running.check(device)
+        return running
 
     given["finetuned"] = adapted and quick(adapted.to(device))
     created = create_methods(chosen, source, given, options, quick(source))
