@@ -12,6 +12,7 @@
 #include "cpu/philox_normal.h"
 #include "cpu/reverse_step.h"
 #include "cpu/to_uint8.h"
+#include "cpu/winograd_convolution.h"
 #include "cuda/guidance_plan.h"
 #include "status.h"
 
@@ -294,6 +295,40 @@ void bind_group_norm_silu(py::module_& m) {
         py::arg("workspace"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_winograd_convolution(py::module_& m) {
+    using sda::cpu::WinogradConvolution;
+    py::class_<WinogradConvolution>(m, "WinogradConvolution")
+        .def(py::init([](int64_t images, int64_t height, int64_t width, int64_t channels, int64_t kernels,
+                         Address x, int64_t x_stride_image, int64_t x_stride_row, int64_t x_stride_pixel,
+                         Address packed, Address bias, Address y) {
+                 return WinogradConvolution{images,
+                                            height,
+                                            width,
+                                            channels,
+                                            kernels,
+                                            pointer<void>(x),
+                                            x_stride_image,
+                                            x_stride_row,
+                                            x_stride_pixel,
+                                            pointer<void>(packed),
+                                            pointer<float>(bias),
+                                            pointer<void>(y)};
+             }),
+             py::kw_only(), py::arg("images"), py::arg("height"), py::arg("width"), py::arg("channels"),
+             py::arg("kernels"), py::arg("x"), py::arg("x_stride_image"), py::arg("x_stride_row"),
+             py::arg("x_stride_pixel"), py::arg("packed"), py::arg("bias"), py::arg("y"));
+    m.def("winograd_convolution_cpu_runs", &sda::cpu::winograd_convolution_runs);
+    m.def("winograd_convolution_cpu_workspace", &sda::cpu::winograd_convolution_workspace,
+          py::arg("convolution"), py::arg("threads"));
+    m.def(
+        "winograd_convolution_cpu",
+        [](const WinogradConvolution& convolution, Address workspace, int threads) {
+            check(sda::cpu::winograd_convolution(convolution, pointer<void>(workspace), threads));
+        },
+        py::arg("convolution"), py::arg("workspace"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -316,4 +351,5 @@ PYBIND11_MODULE(_core, m) {
     bind_philox_normal(m);
     bind_reverse_step(m);
     bind_to_uint8(m);
+    bind_winograd_convolution(m);
 }

@@ -147,6 +147,30 @@ def to_uint8_cpu(
     out: int, x: Pixels, dtype: int, images: int, channels: int, pixels: int, truncate: bool, threads: int
 ) -> None: ...
 
+class WinogradConvolution:
+    """Sizes, addresses and strides as csrc/cpu/winograd_convolution.h names them; bias may be 0."""
+
+    def __init__(
+        self,
+        *,
+        images: int,
+        height: int,
+        width: int,
+        channels: int,
+        kernels: int,
+        x: int,
+        x_stride_image: int,
+        x_stride_row: int,
+        x_stride_pixel: int,
+        packed: int,
+        bias: int,
+        y: int,
+    ) -> None: ...
+
+def winograd_convolution_cpu_runs() -> bool: ...
+def winograd_convolution_cpu_workspace(convolution: WinogradConvolution, threads: int) -> int: ...
+def winograd_convolution_cpu(convolution: WinogradConvolution, workspace: int, threads: int) -> None: ...
+
 # The entry points on CUDA devices exist only where cuda_built is true.
 def guidance_cuda_workspace(tensors: GuidanceTensors) -> int: ...
 def guidance_cuda(tensors: GuidanceTensors, workspace: int, stream: int) -> None: ...

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from sda_fast.cli.app import Json, app, say
-from sda_fast.cli.commands import Device, PhaseConvolutions, _check_device
+from sda_fast.cli.commands import Device, PhaseConvolutions, Winograd, _check_device
 from sda_fast.errors import SdaError
 
 
@@ -21,6 +21,7 @@ def bench(
     weights: Annotated[Path | None, typer.Option(help="Checkpoint [photos: the shipped one; others: random].")] = None,
     unguided: Annotated[bool, typer.Option("--unguided", help="The ADM's forward pass alone.")] = False,
     phase_convolutions: PhaseConvolutions = False,
+    winograd: Winograd = False,
     ledger: Annotated[
         bool, typer.Option("--ledger", help="Count FLOPs, bytes, kernels and memory; time none.")
     ] = False,
@@ -40,10 +41,13 @@ def bench(
         raise SdaError(f"engine {engine!r} is not known; choose one of {', '.join(ENGINES)}")
     if batch < 1 or repeats < 1:
         raise SdaError("--batch and --repeats must be at least 1")
-    if whole and (ledger or unguided or phase_convolutions or weights or (engine, precision) != ("eager", "fp32")):
+    changed = (ledger, unguided, phase_convolutions, winograd, weights, engine != "eager", precision != "fp32")
+    if whole and any(changed):
         raise SdaError("--whole measures the eager projection of the shipped model in fp32: give only --batch with it")
     if ledger and weights:
         raise SdaError("--ledger counts, which does not depend on weights: leave out --weights")
+    if ledger and winograd:
+        raise SdaError("--ledger counts direct convolutions: leave out --winograd")
     if whole:
         row, text = bench_projection(preset, batch, repeats, device), _projection_text
     else:
@@ -53,6 +57,7 @@ def bench(
             row, text = step_ledger(preset, **settings, device=device), _ledger_text
         else:
             model = load_model(preset, weights)
+            settings["options"] = {"winograd": True} if winograd else {}
             row, text = bench_step(model, preset, **settings, device=device, repeats=repeats), _step_text
             row["weights"] = str(weights or ("shipped" if preset == "photos" else "random"))
     if output is not None:

@@ -27,6 +27,9 @@ Precision = Annotated[str, typer.Option(help="Of the network: fp32, bf16 or fp16
 PhaseConvolutions = Annotated[
     bool, typer.Option("--phase-convolutions", help="Upsampling and 3x3 as four 2x2: fewer FLOPs, other last bits.")
 ]
+Winograd = Annotated[
+    bool, typer.Option("--winograd", help="3x3 convolutions of inductor in bf16 by minimal filtering; on a CPU alone.")
+]
 Preset = Annotated[str | None, typer.Option(help="How published weights are built, such as imagenet256.")]
 _CORES = os.cpu_count() or 1
 
@@ -116,6 +119,7 @@ def align(
     engine: Engine = "eager",
     precision: Precision = "fp32",
     phase_convolutions: PhaseConvolutions = False,
+    winograd: Winograd = False,
     batch_size: BatchSize = "10",
     decoder: Decoder = "pillow",
     format: Annotated[str, typer.Option(help="png, or original: JPEGs as JPEG of quality 75, as published.")] = "png",
@@ -142,6 +146,7 @@ def align(
         "engine": engine,
         "precision": precision,
         "phase_convolutions": phase_convolutions,
+        "winograd": winograd,
         "batch_size": _batch_size(batch_size),
         "decoder": decoder,
         "format": format,

@@ -1,5 +1,6 @@
 """Engines by name."""
 
+from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
@@ -16,8 +17,15 @@ ENGINES = {
 
 
 def create_engine(name: str, **options: Any) -> Engine:
-    """The engine of that name, `options` its fields. Raises SdaError for one that is not known or not installed."""
+    """The engine of that name, `options` its fields.
+
+    Raises SdaError for an engine that is not known or not installed, and for an option that it does not have.
+    """
     if name not in ENGINES:
         raise SdaError(f"engine {name!r} is not known; choose one of {', '.join(ENGINES)}")
     module, cls = ENGINES[name]
-    return getattr(import_module(f"sda_fast.engines.{module}"), cls)(**options)
+    made: Any = getattr(import_module(f"sda_fast.engines.{module}"), cls)
+    for option in options:
+        if option not in (known := [field.name for field in fields(made)]):
+            raise SdaError(f"engine {name!r} has no option {option}; it knows {', '.join(known) or 'none'}")
+    return made(**options)

@@ -1,6 +1,6 @@
 """The inductor engine: the traced graph, compiled by PyTorch's own compiler."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from sda_fast.engines.cuda_graph import CudaGraph
 from sda_fast.engines.graph import trace
 from sda_fast.engines.memory import peak_bytes
 from sda_fast.engines.steps import Step
+from sda_fast.engines.winograd import use_winograd
+from sda_fast.errors import SdaError
+from sda_fast.ops.winograd_convolution import runs as winograd_runs
 
 
 @dataclass(frozen=True)
@@ -19,17 +22,21 @@ class InductorEngine:
     """Images channels_last, norms by this package's operators, weights frozen into the program and packed on the CPU.
 
     cuda_graphs: replay a run as one CUDA graph (on a GPU). max_autotune: let the compiler time its choices, which
-    takes much longer to prepare.
+    takes much longer to prepare. winograd: 3x3 convolutions by minimal filtering, on the CPU in bf16 alone
+    (`engines.winograd`); the same function in real numbers, with up to twice the rounding error.
     """
 
     cuda_graphs: bool = True
     max_autotune: bool = False
+    winograd: bool = False
     name = "inductor"
 
     def check(self, step: Step, device: torch.device) -> None:
-        pass  # any step, any device
+        if self.winograd and (device.type != "cpu" or step.precision != "bf16" or not winograd_runs()):
+            raise SdaError("winograd is for bf16 on a CPU with AVX512-BF16 instructions: leave it out")
 
     def prepare(self, step: Step, example: tuple[Tensor, ...]) -> "InductorProgram":
+        self.check(step, example[0].device)
         return InductorProgram(self, step, example)
 
 
@@ -37,6 +44,8 @@ class InductorProgram:
     def __init__(self, engine: InductorEngine, step: Step, example: tuple[Tensor, ...]):
         self._engine, self._precision = engine, step.precision
         graph = trace(step, example, channels_last=True)
+        if engine.winograd:
+            use_winograd(graph)
         self._memory = peak_bytes(graph)
         compiled = torch.compile(graph, dynamic=False, fullgraph=True)
 
@@ -59,5 +68,4 @@ class InductorProgram:
         return self._memory
 
     def describe(self) -> dict[str, Any]:
-        settings = {"cuda_graphs": self._engine.cuda_graphs, "max_autotune": self._engine.max_autotune}
-        return {"engine": "inductor", "precision": self._precision, **settings, **versions()}
+        return {"engine": "inductor", "precision": self._precision, **asdict(self._engine), **versions()}

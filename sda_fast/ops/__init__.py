@@ -7,6 +7,7 @@ from sda_fast.ops.modulate import gate_residual, modulate
 from sda_fast.ops.philox_normal import philox_normal
 from sda_fast.ops.reverse_step import reverse_step
 from sda_fast.ops.to_uint8 import to_uint8
+from sda_fast.ops.winograd_convolution import winograd_convolution
 
 __all__ = [
     "BACKENDS",
@@ -18,4 +19,5 @@ __all__ = [
     "philox_normal",
     "reverse_step",
     "to_uint8",
+    "winograd_convolution",
 ]

@@ -28,7 +28,7 @@ from sda_fast.data import (
 )
 from sda_fast.data.images import JPEG_SUFFIXES
 from sda_fast.diffusion.guidance import Norm
-from sda_fast.engines import Precision
+from sda_fast.engines import Precision, create_engine
 from sda_fast.errors import SdaError
 from sda_fast.models import ADM, load_adm, with_phase_convolutions
 from sda_fast.projector import Projector, Purifier
@@ -45,6 +45,7 @@ class AlignSettings:
 
     projection: "dda" (low-pass guidance) or "diffpure" (none, ancestral). respacing and start default to the
     published "100" and 50 for dda, "1000" and 150 for diffpure. phase_convolutions: see `sda_fast.models.phases`.
+    winograd: of the inductor engine on a CPU, see `sda_fast.engines.winograd`.
     batch_size is the execution batch: it changes last bits only; "auto" takes what fits into memory. decoder: how
     images are read, see `sda_fast.data.readers`. format: "png", or "original" for the published code's files, that is
     JPEG of quality 75 under the input's own name if that is a JPEG's. The other names are those of `Projector`.
@@ -60,6 +61,7 @@ class AlignSettings:
     engine: str = "eager"
     precision: Precision = "fp32"
     phase_convolutions: bool = False
+    winograd: bool = False
     batch_size: BatchSize = 10
     seed: int = 0
     decoder: Decoder = "pillow"
@@ -94,6 +96,8 @@ def make_projection(adm: Any, settings: AlignSettings, batch_size: int | None = 
     common: dict[str, Any] = {
         name: getattr(settings, name) for name in ("respacing", "start", "engine", "precision", "seed")
     }
+    if settings.winograd:
+        common["engine"] = create_engine(settings.engine, winograd=True)
     if batch_size is None and settings.batch_size != "auto":
         batch_size = settings.batch_size
     common["batch_size"] = batch_size

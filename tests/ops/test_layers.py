@@ -25,6 +25,8 @@ ABSENT = {
     ("csrc/cpu", "modulate"): "PyTorch's own layer norm and elementwise operations are vectorised",
     ("csrc/cuda", "modulate"): "a single pass over rows, which Triton expresses fully",
     ("csrc/cuda", "group_norm_silu"): "only where it measures faster than Triton on a device",
+    ("kernels", "winograd_convolution"): "tensor cores gain more from the direct convolution",
+    ("csrc/cuda", "winograd_convolution"): "tensor cores gain more from the direct convolution",
     ("csrc/cuda", "to_uint8"): "a single elementwise pass off the loop: Triton's serves",
 }
 # Files that hold something else than an operator of their name, or an operator under another name.

@@ -6,12 +6,14 @@ import torch
 from sda_fast import ops  # registers them
 from sda_fast.diffusion import LowPass, Schedule
 from sda_fast.errors import SdaError
+from sda_fast.ops.winograd_convolution import pack_kernels
 
 X, OUT = torch.zeros(2, 3, 8, 8), torch.zeros(2, 6, 8, 8)
 TABLE, POSITION, IDS = Schedule.linear("10").step_table(), torch.tensor([3, 1]), torch.tensor([1, 2])
 DOWN, _, GRAM = LowPass(8, 2).matrices(X)
 GUIDANCE = (X, OUT, LowPass(8, 2).down(X), DOWN, GRAM, TABLE, POSITION)
 STEP = (X, OUT, TABLE, POSITION, X, None, None, None, 0, True, None, 0.0, "image", 1, 2)
+HALF, KERNELS = torch.zeros(2, 16, 4, 4).bfloat16(), pack_kernels(torch.zeros(64, 16, 3, 3))
 WIDE = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
 
 CALLS = {
@@ -23,6 +25,7 @@ CALLS = {
     "philox_normal_out": ((torch.empty(2, 4), IDS, 0, 1), (torch.empty(2, 4).double(), IDS, 0, 1)),
     "to_uint8": ((X, False), (WIDE, False)),
     "to_uint8_out": ((X, False, torch.empty(2, 8, 8, 3, dtype=torch.uint8)), (X, False, torch.empty(2, 8, 8, 3))),
+    "winograd_convolution": ((HALF, KERNELS, None), (HALF[:, :8], KERNELS, None)),
 }
 
 
