@@ -12,8 +12,16 @@ from sda_fast.errors import SdaError
 from sda_fast.ops.winograd_convolution import pack_kernels, runs, unpack_kernels, winograd_convolution
 from sda_fast.reference import winograd_convolution as plain
 
-# (N, C, K, H, W): one tile; tiles that fill no block and no register file; wider than high; several blocks
-SHAPES = [(1, 16, 64, 2, 2), (3, 48, 128, 10, 6), (2, 32, 64, 4, 22), (2, 256, 64, 16, 18), (1, 16, 192, 40, 64)]
+# (N, C, K, H, W): one to five tiles beside those that fill the registers, none, and several blocks
+SHAPES = [
+    (1, 16, 64, 2, 2),
+    (2, 32, 64, 2, 4),
+    (3, 48, 128, 10, 6),
+    (2, 32, 64, 4, 22),
+    (1, 16, 64, 10, 2),
+    (2, 256, 64, 16, 18),
+    (1, 16, 192, 40, 64),
+]
 
 
 @pytest.fixture(params=["cpp", "plain"])
