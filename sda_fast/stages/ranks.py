@@ -102,13 +102,14 @@ def ranks() -> Ranks | None:
     timeout = _GREETING if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else default_pg_timeout
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+        store.set_timeout(_PATIENCE)
+        run = _meet(store, rank, size)
     except (ValueError, RuntimeError) as error:
         raise SdaError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not meet ({str(error).splitlines()[0]}): "
             "start them with torchrun, or unset WORLD_SIZE"
         ) from error
-    store.set_timeout(_PATIENCE)
-    return Ranks(_part_of(store, f"run-{_meet(store, rank, size)}"), rank, size)
+    return Ranks(_part_of(store, f"run-{run}"), rank, size)
 
 
 def _meet(store: Any, rank: int, size: int) -> int:
