@@ -19,20 +19,11 @@ from typing import Any
 import torch
 from harness import ROOT
 
-from sda_fast.bench import bench_step, load_model, random_model
+from sda_fast.bench import TINY, bench_step, load_model, random_model
 from sda_fast.bench.measure import environment
 from sda_fast.errors import SdaError
-from sda_fast.models import ADM, DiT
 
 PRESETS = {"adm": "adm-256-uncond", "dit": "dit-xl-2-256"}
-TINY: dict[str, tuple[Any, dict[str, Any]]] = {
-    "adm": (
-        ADM,
-        {"image_size": 16, "model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1}
-        | {"attention_resolutions": (2,), "num_head_channels": 32},
-    ),
-    "dit": (DiT, {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 2, "num_classes": 10}),
-}
 
 
 @dataclass(frozen=True)

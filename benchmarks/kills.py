@@ -145,8 +145,9 @@ def disturb(stage: Stage, out: Path, images: int, spent: list[Kill], kills: int,
 
 @contextlib.contextmanager
 def launched(stage: Stage, out: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """torchrun with the stage's command; what it says goes to <out>.log."""
-    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1000" if stage.restarts else "0"]
+    """torchrun with the stage's command; what it says goes to <out>.log, and its own folder is <out>.torchrun."""
+    options = ["--standalone", "--nproc-per-node", "2", "--log-dir", f"{out}.torchrun"]
+    options += ["--max-restarts", "1000" if stage.restarts else "0"]
     command = [sys.executable, "-P", "-m", "torch.distributed.run", *options, "-m", "--", *stage.command(out)]
     with open(f"{out}.log", "ab") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

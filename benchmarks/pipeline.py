@@ -25,10 +25,9 @@ from typing import Any
 import random_checkpoints
 import torch
 from decode import write_photos
-from engines import TINY
 from harness import ROOT
 
-from sda_fast.bench import random_model
+from sda_fast.bench import TINY, random_model
 from sda_fast.bench.measure import environment, wait
 from sda_fast.data import imagenet_classes
 from sda_fast.engines import ENGINES, Precision

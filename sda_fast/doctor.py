@@ -115,27 +115,16 @@ def _optional(part: str, distributions: tuple[str, ...], command: str) -> Findin
     return _finding(part, True, ", ".join(found))
 
 
-_TINY_ADM = {
-    "image_size": 16,
-    "model_channels": 32,
-    "channel_mult": (1, 2),
-    "num_res_blocks": 1,
-    "attention_resolutions": (2,),
-    "num_head_channels": 32,
-}
-
-
 def _attempted(finding: Finding, gpu: bool) -> Finding:
     """What a guided step of a tiny model says of an engine that is said to work."""
     kind, _, engine = finding["part"].partition(" ")
     if kind != "engine" or not finding["works"]:
         return finding
-    from sda_fast.bench import bench_step, random_model
-    from sda_fast.models import ADM
+    from sda_fast.bench import TINY, bench_step, random_model
 
     device = "cuda" if gpu and engine != "onnx" else "cpu"
     try:
-        row = bench_step(random_model(ADM, _TINY_ADM), "tiny", engine=engine, device=device, repeats=1)
+        row = bench_step(random_model(*TINY["adm"]), "tiny", engine=engine, device=device, repeats=1)
     except Exception as error:  # whatever an engine's library raises: that it does is the finding
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return _finding(finding["part"], False, f"{finding['detail']}; {reason}")

@@ -10,20 +10,10 @@ from sda_fast import bench
 from sda_fast.bench import baseline, measure, models, projection, step
 from sda_fast.engines import eager
 from sda_fast.errors import SdaError
-from sda_fast.models import ADM, DiT
+from sda_fast.models import ADM
 
 NUMBERS = ("parity_mean_abs", "reference_seconds_per_image", "seconds_per_image", "speedup")
 ENGINES = Path(__file__).parents[1] / "benchmarks" / "engines.py"
-ADM_SMALL = {
-    "image_size": 16,
-    "model_channels": 32,
-    "channel_mult": (1, 2),
-    "num_res_blocks": 1,
-    "attention_resolutions": (2,),
-    "num_head_channels": 32,
-}
-DIT_SMALL = {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
-MODELS = {"adm": (ADM, ADM_SMALL), "dit": (DiT, DIT_SMALL)}
 
 
 @pytest.fixture
@@ -94,7 +84,7 @@ def test_the_shipped_model(cli):
     ],
 )
 def test_a_row_of_a_step(model, precision, guided):
-    network = bench.random_model(*MODELS[model])
+    network = bench.random_model(*bench.TINY[model])
     row = bench.bench_step(network, "tiny", precision=precision, batch=2, guided=guided, repeats=1)
     assert json.loads(json.dumps(row)) == row
     name = "DiTStep" if model == "dit" else "GuidedStep" if guided else "UnguidedStep"
@@ -126,7 +116,7 @@ def test_no_time_of_a_wrong_step(monkeypatch, output, spoil):
 
     monkeypatch.setattr(eager.EagerProgram, "run", wrong)
     monkeypatch.setattr(step, "interleaved", lambda *_: pytest.fail("timed"))
-    row = bench.bench_step(bench.random_model(ADM, ADM_SMALL), "tiny")
+    row = bench.bench_step(bench.random_model(*bench.TINY["adm"]), "tiny")
     name = ("out", "cotangent", "through_network", "squares")[output]
     assert row["failed"].startswith(f"the step differs from float32 in {name} by ")
     assert row["failed"].endswith("no time is reported")
@@ -151,7 +141,7 @@ def test_half_precision_may_not_be_worse_than_autocast(monkeypatch):
         return outputs
 
     monkeypatch.setattr(step, "plain_outputs", spy)
-    row = bench.bench_step(bench.random_model(DiT, DIT_SMALL), "tiny", precision="bf16", repeats=1)
+    row = bench.bench_step(bench.random_model(*bench.TINY["dit"]), "tiny", precision="bf16", repeats=1)
     (exact,), (autocast,) = errors
     error = ((autocast - exact).double().norm() / exact.double().norm()).item()
     assert row["parity"]["out"]["bound"] == pytest.approx(1.5 * error, rel=1e-6)
@@ -159,7 +149,7 @@ def test_half_precision_may_not_be_worse_than_autocast(monkeypatch):
 
 
 def test_random_weights_carry_activations_and_gradients():
-    for kind, config in MODELS.values():
+    for kind, config in bench.TINY.values():
         one, same, other = (bench.random_model(kind, config, seed) for seed in (0, 0, 1))
         weights = zip(*(model.state_dict().values() for model in (one, same, other)), strict=True)
         assert all(torch.equal(a, b) for a, b, _ in weights)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from sda_fast.diffusion import Schedule
-from sda_fast.diffusion.samplers import ancestral
 from sda_fast.errors import SdaError
 from sda_fast.models import DiT, load_dit
 from sda_fast.ops import philox_normal
+from sda_fast.reference import ancestral
 from sda_fast.sampler import Sampler
 
 LABELS = [2, 0, 1, 1, 0]
@@ -42,17 +41,15 @@ def test_guidance_is_that_of_the_doubled_batch(original):
     dit, tensors, meta = original
     start, scale = torch.cat([tensors["x"], tensors["x"]]), meta["cfg_scale"]
     labels = torch.cat([tensors["y"], torch.full_like(tensors["y"], meta["config"]["num_classes"])])
-    with torch.no_grad():
-        *_, doubled = ancestral(
-            lambda x, t: dit.forward_with_cfg(x, t, labels, scale),
-            Schedule.linear(meta["respacing"]),
-            start,
-            lambda k: {"noise": tensors["noise"][k - 1].repeat(2, 1, 1, 1)},
-            clip=False,
-        )
+    *_, doubled = ancestral(
+        lambda x, t: dit.forward_with_cfg(x, t, labels, scale),
+        start,
+        tensors["noise"].repeat(1, 2, 1, 1, 1),
+        meta["respacing"],
+    )
     noise = torch.cat([tensors["x"][None], tensors["noise"]])
     guided = Sampler(dit, meta["respacing"], scale)(tensors["y"], noise=noise)
-    torch.testing.assert_close(guided, doubled[:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guided, doubled.sample[:2], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(guided, Sampler(dit, meta["respacing"])(tensors["y"], noise=noise), atol=1e-2)
 
 

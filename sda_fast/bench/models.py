@@ -22,6 +22,15 @@ PRESETS: dict[str, tuple[type[ADM] | type[DiT], str]] = {
     "adm-256-uncond": (ADM, "imagenet256"),
     "dit-xl-2-256": (DiT, "dit-xl-2"),
 }  # what is built, and the preset of `sda_fast.models` that says how
+# For trying what takes no time: class and configuration, by the kind of model.
+TINY: dict[str, tuple[type[ADM] | type[DiT], dict[str, Any]]] = {
+    "adm": (
+        ADM,
+        {"image_size": 16, "model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1}
+        | {"attention_resolutions": (2,), "num_head_channels": 32},
+    ),
+    "dit": (DiT, {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 2, "num_classes": 10}),
+}
 FACTOR = 4  # D, the low-pass filter's reduction, as published
 
 

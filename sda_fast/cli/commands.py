@@ -366,7 +366,7 @@ def demo(
         device=_check_device(device),
     )
     _announce("test patches")
-    write_testbed(settings.target, size["per_class"])
+    write_testbed(settings.target, size["per_class"], exactly=True)
     result = pipeline(settings, log=_announce)
     command = f"sda-fast demo{' --full' if full else ''}{'' if per_class is None else f' --per-class {per_class}'}"
     text, files = write_run_report(output, result, command=command)

@@ -100,18 +100,15 @@ def _settings(
     if (config is None) == (preset is None):
         raise SdaError(f"{study} takes either a TOML file or --preset photos: give one of them")
     if preset is not None:
-        from sda_fast.data import CORRUPTIONS, list_images
+        from sda_fast.data import CORRUPTIONS
         from sda_fast.photos.testbed import write_testbed
 
         if preset != "photos":
             raise SdaError(f"--preset {preset} is not known; it is photos, or give a TOML file")
         settings = photos_study(output or Path("runs", "studies"), 100 if synthetic is None else synthetic)
         _announce("test patches")
-        written = write_testbed(settings.target, 1 if per_class is None else per_class, corruptions or CORRUPTIONS)
-        if (found := len(list_images(settings.target))) != written["images"]:
-            asked = f"{settings.target} holds {found} patches, these options ask for {written['images']}"
-            way_out = "give the --per-class and --corruption that it was made with, another --output, or delete it"
-            raise SdaError(f"{asked}: {way_out}")
+        patches = 1 if per_class is None else per_class
+        write_testbed(settings.target, patches, corruptions or CORRUPTIONS, exactly=True)
     else:
         if per_class is not None or corruptions or synthetic is not None:
             raise SdaError("--per-class, --corruption and --synthetic are for --preset photos: change the file instead")

@@ -1,6 +1,7 @@
-"""Reverse diffusion as plain functions, in the notation of Ho et al. 2020 and Dhariwal & Nichol 2021.
+"""Noising and the order of the reverse steps, in the notation of Ho et al. 2020 and Dhariwal & Nichol 2021.
 
-A network output is [N, C, H, W] (noise) or [N, 2C, H, W] (noise, then the interpolation v of the learned variance).
+A step is `sda_fast.ops.reverse_step`, of which `sda_fast.diffusion.guidance` makes a guided one. A network's output
+is [N, C, H, W] (noise) or [N, 2C, H, W] (noise, then the interpolation v of the learned variance).
 """
 
 import math
@@ -11,12 +12,10 @@ import torch
 from torch import Tensor
 
 from sda_fast.diffusion.schedule import Schedule
-from sda_fast.ops import reverse_step
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], timesteps int64 [N]) -> network output
 # What `reverse_step` draws from: {"noise": standard normal [N, C, H, W]} or {"seed": ..., "identities": ...}.
 Draw = dict[str, Any]
-DrawSource = Callable[[int], Draw]  # number of the reverse step, 1, 2, ... -> Draw
 
 
 class ReverseSteps:
@@ -49,24 +48,3 @@ def q_sample(schedule: Schedule, i: int, x0: Tensor, noise: Tensor) -> Tensor:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, equation 4); all [N, C, H, W]."""
     abar = schedule.alphas_cumprod[i].item()
     return math.sqrt(abar) * x0 + math.sqrt(1 - abar) * noise
-
-
-def ancestral_step(model: Denoiser, steps: ReverseSteps, position: Tensor, x: Tensor, draw: Draw, clip: bool) -> Tensor:
-    """x_{t-1} from x_t (Ho et al. 2020, algorithm 2); with `clip`, x_0 is clamped to [-1, 1] on the way."""
-    out = model(x, steps.timesteps(position, x))
-    return reverse_step(x, out, steps.table, position, clip=clip, **draw)
-
-
-def ancestral(
-    model: Denoiser,
-    schedule: Schedule,
-    x: Tensor,
-    draw: DrawSource,
-    start: int | None = None,
-    clip: bool = True,
-) -> Iterator[Tensor]:
-    """Yield x after each of the `start` (default: all) reverse steps; step k = 1, 2, ... draws from `draw(k)`."""
-    steps = ReverseSteps(schedule, start, x.device)
-    for k, position in enumerate(steps, 1):
-        x = ancestral_step(model, steps, position, x, draw(k), clip)
-        yield x

@@ -6,9 +6,10 @@ from typing import Any
 
 from sda_fast.data import CORRUPTIONS, corrupt, identity, write_png
 from sda_fast.data.corruptions import library_version
+from sda_fast.data.images import SUFFIXES
 from sda_fast.errors import SdaError
 from sda_fast.photos.dataset import CLASSES, held_out_patches
-from sda_fast.stages.manifest import open_output
+from sda_fast.stages.manifest import Output, open_output
 from sda_fast.stages.progress import progress
 
 SEVERITY = 2  # the source models keep some skill under every corruption; docs/testbed.md has the table
@@ -20,12 +21,14 @@ def write_testbed(
     corruptions: Sequence[str] = CORRUPTIONS,
     severity: int = SEVERITY,
     *,
+    exactly: bool = False,
     quiet: bool | None = None,
 ) -> dict[str, Any]:
     """Write `<output>/clean/<class>/<index>.png` and `<output>/<corruption>/<severity>/<class>/<index>.png`.
 
     A patch's corruption depends on its class, its index, the corruption and the severity alone, so a larger
-    `per_class` adds to the folder. Raises SdaError for unknown corruptions and settings out of range.
+    `per_class` adds to the folder. exactly: whether the folder may hold nothing else. Raises SdaError for unknown
+    corruptions, settings out of range, and patches that must not be there, before any is written.
     """
     for name in corruptions:
         if name not in CORRUPTIONS:
@@ -34,7 +37,11 @@ def write_testbed(
         raise SdaError(f"--severity {severity} is out of range: 1 is the weakest, 5 the strongest")
     patches = {label: held_out_patches(label, per_class) for label in CLASSES}
     out = open_output(output, "photos", {"severity": severity, "corruptions_library": library_version()})
-    total = per_class * len(CLASSES) * (1 + len(corruptions))
+    groups = ["clean", *(f"{name}/{severity}" for name in corruptions)]
+    keys = [f"{group}/{label}/{index:03d}" for group in groups for label in CLASSES for index in range(per_class)]
+    if exactly:
+        _require_no_others(out, keys)
+    total = len(keys)
     with progress(total, "writing patches", quiet) as reporter:
         for label in CLASSES:
             for index, patch in enumerate(patches[label]):
@@ -49,3 +56,11 @@ def write_testbed(
                     reporter.advance()
     out.finish({"per_class": per_class, "corruptions": list(corruptions)})
     return {"images": total, "output": str(output)}
+
+
+def _require_no_others(out: Output, keys: Sequence[str]) -> None:
+    found = [path for path in out.folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+    if others := sorted(set(found) - set(map(out.path, keys))):
+        held = f"{len(others)} patches that these options do not ask for, such as {others[0].relative_to(out.folder)}"
+        way_out = "give the options that it was made with, another --output, or delete it"
+        raise SdaError(f"{out.folder} holds {held}: {way_out}")

@@ -235,12 +235,12 @@ def _pairs(files: Sequence[ImageFile], folder: str | Path, kind: str, failures: 
     return by_key
 
 
-def check_scoring(mode: str, batch_size: int) -> None:
-    """Raises SdaError for settings that are out of range."""
+def check_scoring(mode: str, batch_size: int, *, named: tuple[str, str] = ("--ensemble", "--batch-size")) -> None:
+    """Raises SdaError for settings that are out of range; `named` is what it calls the two."""
     if mode not in MODES:
-        raise SdaError(f"--ensemble {mode!r} is not known; choose one of {', '.join(MODES)}")
+        raise SdaError(f"{named[0]} {mode!r} is not known; choose one of {', '.join(MODES)}")
     if batch_size < 1:
-        raise SdaError(f"--batch-size {batch_size} is out of range: give at least 1")
+        raise SdaError(f"{named[1]} {batch_size} is out of range: give at least 1")
 
 
 def create_methods(

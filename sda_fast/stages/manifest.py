@@ -31,6 +31,16 @@ from sda_fast.files import machine_id, temporary_name, write_json
 MANIFEST = "manifest.json"
 FORMAT = 1
 KEYS = {"format", "stage", "settings", "version", "created"}
+# What runs of every stage did before there was this setting: where a manifest does not name it, it has this value, so
+# that a folder of an earlier version goes on. Whoever adds a setting adds its line; but where what runs do changed with
+# it, as with the later settings of a recipe, there is none, and such a folder is refused.
+BEFORE = {
+    "decoder": "pillow",
+    "engine": "eager",
+    "precision": "fp32",
+    "phase_convolutions": False,
+    "format": "png",
+}
 _TEMPORARY = re.compile(r"\.sda-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-\d+\.tmp")
 # No single file takes that long to write: what is older was left by a process nobody can ask about any more.
 _ABANDONED_SECONDS = 24 * 3600
@@ -95,8 +105,8 @@ def open_output(
     """Make or resume the output folder of a stage; any number of processes may open it at the same time.
 
     A folder that is new or empty (hidden files aside) gets a manifest. One that has a manifest is resumed if
-    stage and settings are the same, compared as JSON, so tuples equal lists. Temporary files of processes
-    that died are removed.
+    stage and settings are the same, compared as JSON, so tuples equal lists, and with `BEFORE` for what one does not
+    name. Temporary files of processes that died are removed.
 
     `option` is what the error messages call the folder. Raises SdaError if the manifest differs (naming the
     first setting that does, with both values), is damaged, or exists while `resume` is false, if the folder
@@ -164,10 +174,21 @@ def _require_same(manifest: dict[str, Any], stage: str, settings: dict[str, Any]
     way_out = f"use another {option} or delete the folder."
     if manifest["stage"] != stage:
         raise SdaError(f"{where} holds the results of {manifest['stage']!r}, not of {stage!r}: {way_out}")
-    difference = _first_difference(manifest["settings"], settings)
+    difference = _first_difference(_completed(manifest["settings"]), _completed(settings))
     if difference:
         name, old, new = difference
         raise SdaError(f"{where} was made with {name} = {old}, this run has {name} = {new}: {way_out}")
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """With what goes without saying: `BEFORE`, also in the settings that its inputs were made with."""
+    result = {**settings, **{name: value for name, value in BEFORE.items() if name not in settings}}
+    for name in ("input_made_with", "projection_made_with"):
+        if settings.get(name):
+            result[name] = _completed(settings[name])
+    if kinds := settings.get("projections_made_with"):
+        result["projections_made_with"] = {kind: made and _completed(made) for kind, made in kinds.items()}
+    return result
 
 
 def _first_difference(old: Any, new: Any, name: str = "") -> tuple[str, str, str] | None:

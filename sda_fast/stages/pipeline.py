@@ -10,12 +10,11 @@ from sda_fast.data import EvaluationCrop, find_images, label_indices, make_reade
 from sda_fast.engines.classifier import EngineClassifier
 from sda_fast.errors import SdaError
 from sda_fast.methods import Method, method_class
-from sda_fast.methods.ensembles import MODES
 from sda_fast.models import Classifier, load_classifier
 from sda_fast.stages.align import align, check_align
 from sda_fast.stages.batches import check_workers
 from sda_fast.stages.config import RunConfig
-from sda_fast.stages.evaluate import create_methods, evaluate
+from sda_fast.stages.evaluate import check_scoring, create_methods, evaluate
 from sda_fast.stages.failures import read_failures
 from sda_fast.stages.finetune import MODEL, finetune
 from sda_fast.stages.networks import load_networks, network_files
@@ -167,10 +166,8 @@ def check(config: RunConfig) -> None:
         if settings.projection != kind:
             table = "align" if kind == "dda" else "diffpure"
             raise SdaError(f"[{table}] projection = {settings.projection!r} must be {kind!r}: remove that line")
-    if config.evaluate.mode not in MODES:
-        raise SdaError(f"[evaluate] mode = {config.evaluate.mode!r} is not known; choose one of {', '.join(MODES)}")
-    if config.evaluate.batch_size < 1:
-        raise SdaError(f"[evaluate] batch_size = {config.evaluate.batch_size} is out of range: give at least 1")
+    named = ("[evaluate] mode =", "[evaluate] batch_size =")
+    check_scoring(config.evaluate.mode, config.evaluate.batch_size, named=named)
     check_workers(config.workers)
     files, _ = find_images(config.target, option="target")
     made: list[str] = []

@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +18,7 @@ from sda_fast.errors import SdaError
 
 _PIECE = 4 * 2**20  # bytes; the store refuses values of more than 8 MiB
 _PATIENCE = timedelta(days=30)  # torchrun ends all processes when one dies; until then a slow one is waited for
+_POLL_SECONDS = 0.05
 _GREETING = timedelta(seconds=60)  # torchrun's store is there before the processes: it can only be gone with torchrun
 
 
@@ -26,7 +28,6 @@ class Ranks:
     def __init__(self, store: Any, rank: int, size: int):
         self.size, self.rank, self._store = size, rank, store
         self._calls = itertools.count()
-        store.set_timeout(_PATIENCE)
 
     @property
     def first(self) -> bool:
@@ -101,13 +102,35 @@ def ranks() -> Ranks | None:
     timeout = _GREETING if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else default_pg_timeout
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+        store.set_timeout(_PATIENCE)
+        run = _meet(store, rank, size)
     except (ValueError, RuntimeError) as error:
         raise SdaError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not meet ({str(error).splitlines()[0]}): "
             "start them with torchrun, or unset WORLD_SIZE"
         ) from error
-    # torchrun keeps its store when it starts processes again; what the ones before left in it must not count.
-    return Ranks(_part_of(store, f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-of-{size}"), rank, size)
+    return Ranks(_part_of(store, f"run-{run}"), rank, size)
+
+
+def _meet(store: Any, rank: int, size: int) -> int:
+    """A number that all processes of this start agree on, and none of an earlier one had, when all have come here.
+
+    torchrun keeps its store when it starts processes again, and what those before left in it must not count. How often
+    it did is no such number: each machine counts its own failures, and none when a machine joins or leaves.
+    """
+    start = store.add(f"starts-{rank}", 1)  # of processes of this rank: another for each, and it never returns
+    if rank > 0:
+        run = int(store.get(f"run-of-{rank}-{start}"))
+        store.set(f"here-{run}-{rank}", "")
+        return run
+    missing = set(range(1, size))
+    while missing:
+        # The last start of a rank may still be that of a process that is gone: it will not answer.
+        for other in missing:
+            store.set(f"run-of-{other}-{store.add(f'starts-{other}', 0)}", str(start))
+        time.sleep(_POLL_SECONDS)
+        missing = {other for other in missing if not store.check([f"here-{start}-{other}"])}
+    return start
 
 
 def _part_of(store: Any, name: str) -> Any:

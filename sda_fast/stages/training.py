@@ -25,6 +25,8 @@ from sda_fast.stages.ranks import Ranks, ranks
 from sda_fast.stages.recipes import Recipe
 
 STATE = ".resume.pt"
+# What needs memory whatever the number of images: nothing a setting could make smaller.
+_UPDATE = ("the gradients and the optimizer's state of this model", "use a device with more memory")
 
 
 def train(
@@ -67,9 +69,10 @@ def train(
                     group["lr"] = learning_rate(recipe, epoch * len(steps) + step, len(steps))
                 optimizer.zero_grad(set_to_none=True)
                 total += _gradient(classifier, parts, loaded, recipe, [seed, epoch, step], others)
-                if recipe.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(classifier.parameters(), recipe.clip_norm)
-                optimizer.step()
+                with _memory_for(*_UPDATE):  # the optimizer makes its moments in the first step
+                    if recipe.clip_norm is not None:
+                        nn.utils.clip_grad_norm_(classifier.parameters(), recipe.clip_norm)
+                    optimizer.step()
                 reporter.advance(sum(map(len, parts)))
             losses.append(_mean_loss(total, len(files), epoch, others))
             if others is None or others.first:
@@ -111,22 +114,28 @@ def _gradient(
         batch = next(loaded)
         # Stochastic depth and dropout draw from torch's generator of the device.
         torch.manual_seed(int(np.random.SeedSequence([*draw, number]).generate_state(1, np.uint64)[0]))
-        try:
+        fewer = "give a smaller --micro-batch (without BatchNorm and stochastic depth, the model is the same)"
+        with _memory_for(f"the training of {len(part)} images at once", f"{fewer} and another --output"):
             x, y = (t.to(device, non_blocking=True) for t in batch)
             with _running_statistics(classifier, moving=number == 0):
                 loss = part_loss(classifier(to_unit(x)), y, recipe)
             (loss * (len(part) / images)).backward()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise SdaError(
-                f"the device's memory does not hold the training of {len(part)} images at once: give a smaller "
-                "--micro-batch (without BatchNorm and stochastic depth, the model is the same) and another --output"
-            ) from error
         total += loss.detach().double() * len(part)
     if others is not None:
-        _sum_gradients(list(classifier.parameters()))
+        with _memory_for(*_UPDATE):
+            _sum_gradients(list(classifier.parameters()))
     return total
+
+
+@contextmanager
+def _memory_for(what: str, way_out: str) -> Iterator[None]:
+    """Inside the block, memory that runs out raises SdaError: what the device does not hold, and the way out."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SdaError(f"the device's memory does not hold {what}: {way_out}") from error
 
 
 @contextmanager
@@ -178,7 +187,8 @@ def _restore(out: Output, module: nn.Module, optimizer: torch.optim.Optimizer, o
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
         module.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        with _memory_for(*_UPDATE):
+            optimizer.load_state_dict(state["optimizer"])
         losses = list(state["losses"])
     if others is not None and len(set(map(len, others.gather(losses)))) > 1:
         raise SdaError(f"the processes do not see the same {path}: give a folder that all machines share")

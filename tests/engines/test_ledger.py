@@ -5,21 +5,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sda_fast.bench import fake_step, make_step, random_model
+from sda_fast.bench import TINY, fake_step, make_step, random_model
 from sda_fast.engines.ledger import ELEMENTWISE, count
 from sda_fast.models import ADM, DiT
 from sda_fast.models.presets import ADM_PRESETS, DIT_PRESETS
 
 ADM_256, DIT_XL = ADM_PRESETS["imagenet256"], DIT_PRESETS["dit-xl-2"]
 GIGA = 1e9
-SMALL = {
-    "image_size": 16,
-    "model_channels": 32,
-    "channel_mult": (1, 2),
-    "num_res_blocks": 1,
-    "attention_resolutions": (2,),
-    "num_head_channels": 32,
-}
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +76,9 @@ def test_flops_of_dit_xl_2():
 
 @pytest.mark.parametrize(("precision", "guided"), [("fp16", True), ("fp32", False)])
 def test_fake_and_real_tensors_count_alike(precision, guided):
-    step = make_step(random_model(ADM, SMALL), precision, guided)
+    step = make_step(random_model(*TINY["adm"]), precision, guided)
     real = count(step, step.example(2))
-    with fake_step(ADM, SMALL, precision, 2, guided=guided) as (step, example):
+    with fake_step(*TINY["adm"], precision, 2, guided=guided) as (step, example):
         assert count(step, example) == real
     assert (real.backward_flops > real.forward_flops / 2) == guided
     assert (real.saved_bytes > 0) == guided
@@ -95,7 +87,7 @@ def test_fake_and_real_tensors_count_alike(precision, guided):
 def test_activations_grow_with_the_batch_and_weights_do_not():
     counts = []
     for batch in (1, 3):
-        with fake_step(ADM, SMALL, "bf16", batch) as (step, example):
+        with fake_step(*TINY["adm"], "bf16", batch) as (step, example):
             counts.append(count(step, example))
     one, three = counts
     assert three.flops == 3 * one.flops

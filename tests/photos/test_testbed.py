@@ -50,6 +50,19 @@ def test_more_patches_and_corruptions_leave_the_earlier_files(tmp_path, pictures
     assert pictures(tmp_path / "out") == pictures(tmp_path / "whole")
 
 
+def test_patches_of_other_options_are_refused_where_no_others_may_be(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(stage, "CLASSES", CLASSES[:2])
+    out = tmp_path / "out"
+    write_testbed(out, 1, TWO[:1], exactly=True)
+    write_testbed(out, 2, TWO, exactly=True)  # what is there is a part of it
+    written = pictures(out)
+    for options in ((1, TWO), (2, TWO[1:]), (3, TWO[:1])):
+        with pytest.raises(SdaError, match=r"out holds \d patches that these options do not ask for, such as \w+/"):
+            write_testbed(out, *options, exactly=True)
+    assert pictures(out) == written
+    write_testbed(out, 1, TWO)
+
+
 def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path, pictures, monkeypatch):
     left = iter(range(20))
 

@@ -250,6 +250,28 @@ def test_memory_that_does_not_suffice(tmp_path, images, tiny, monkeypatch, error
         finetune(images, tmp_path / "out", tiny.resnet, QUICK)
 
 
+@pytest.mark.parametrize("where", ["step", "load_state_dict"])
+def test_memory_that_does_not_hold_the_optimizer(tmp_path, images, tiny, monkeypatch, where):
+    """Fewer images at once would not help: its moments are as large as the model, when they are made and read again."""
+
+    def interrupt(recipe, step, steps_per_epoch):
+        if step == 2:
+            raise KeyboardInterrupt
+        return 1e-3
+
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if where == "load_state_dict":
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "learning_rate", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                finetune(images, tmp_path / "out", tiny.resnet, QUICK)
+    monkeypatch.setattr(torch.optim.AdamW, where, too_much)
+    with pytest.raises(SdaError, match="does not hold the gradients and the optimizer's state of this model: use"):
+        finetune(images, tmp_path / "out", tiny.resnet, QUICK)
+
+
 def test_a_file_that_vanishes_while_training(tmp_path, images, tiny, monkeypatch):
     def vanish(recipe, step, steps_per_epoch):
         (images / "bee" / "1.png").unlink(missing_ok=True)

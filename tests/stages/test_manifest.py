@@ -1,9 +1,11 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,10 @@ import torch
 from sda_fast.data import read_image, write_png
 from sda_fast.errors import SdaError
 from sda_fast.files import machine_id, temporary_name
-from sda_fast.stages.manifest import file_sha256, open_output, state_sha256
+from sda_fast.stages.align import AlignSettings
+from sda_fast.stages.corrupt import CorruptSettings
+from sda_fast.stages.manifest import BEFORE, check_output, file_sha256, open_output, state_sha256
+from sda_fast.stages.synthesize import SynthesizeSettings
 
 SETTINGS = {
     "seed": 0,
@@ -72,6 +77,65 @@ def test_other_settings_are_refused_with_both_values(tmp_path, change, message):
     open_output(tmp_path, "align", SETTINGS)
     with pytest.raises(SdaError, match=rf"^--output .*{message}: use another --output or delete the folder\.$"):
         open_output(tmp_path, "align", SETTINGS | change)
+
+
+EARLIER = {"seed": 0, "respacing": "10", "weights": {"adm": "ab"}}  # before there was any setting of BEFORE
+
+
+def made_of(settings: dict) -> dict:
+    """A stage's settings with those of its inputs in every form they have, and in those of an input once more."""
+    inner = {**settings, "input_made_with": settings}
+    kinds = {"dda": inner, "diffpure": None}
+    return {**settings, "input_made_with": inner, "projection_made_with": inner, "projections_made_with": kinds}
+
+
+@pytest.mark.parametrize("form", [dict, made_of])
+def test_a_folder_from_before_a_setting_existed_goes_on(tmp_path, form):
+    """As what runs did then; its manifest stays as it was."""
+    open_output(tmp_path / "earlier", "align", form(EARLIER))
+    text = (tmp_path / "earlier" / "manifest.json").read_bytes()
+    assert open_output(tmp_path / "earlier", "align", form(EARLIER | BEFORE)).resumed
+    assert check_output(tmp_path / "earlier", "align", lambda: form(EARLIER | BEFORE)).resumed
+    assert (tmp_path / "earlier" / "manifest.json").read_bytes() == text
+    open_output(tmp_path / "now", "align", form(EARLIER | BEFORE))  # over an input that an earlier version made
+    assert open_output(tmp_path / "now", "align", form(EARLIER)).resumed
+
+
+@pytest.mark.parametrize("where", ["", "input_made_with.", "projection_made_with.", "projections_made_with.dda."])
+@pytest.mark.parametrize(
+    ("name", "change", "old", "new"),
+    [
+        ("format", {"format": "original"}, '"png"', '"original"'),
+        ("phase_convolutions", {"phase_convolutions": True}, "false", "true"),
+        ("engine", {"precision": "bf16", "engine": "inductor"}, '"eager"', '"inductor"'),
+        ("seed", {"seed": 1}, "0", "1"),
+        ("factor", {"factor": 4}, "(absent)", "4"),
+        ("options", {"options": {"format": "png"}}, "(absent)", '{"format": "png"}'),
+        ("weights.engine", {"weights": {"adm": "ab", "engine": "eager"}}, "(absent)", '"eager"'),
+    ],
+)
+def test_a_folder_from_before_a_setting_existed_goes_on_as_nothing_else(tmp_path, where, name, change, old, new):
+    def settings(innermost):
+        for key in reversed(where.split(".")[:-1]):
+            innermost = {key: innermost}
+        return innermost
+
+    open_output(tmp_path, "align", settings(EARLIER))
+    with pytest.raises(SdaError, match=re.escape(f"with {where}{name} = {old}, this run has {where}{name} = {new}:")):
+        open_output(tmp_path, "align", settings(EARLIER | BEFORE | change))
+
+
+FROM_THE_FIRST = {
+    AlignSettings: "projection respacing start factor scale norm norm_group engine precision batch_size seed",
+    SynthesizeSettings: "respacing cfg_scale clip batch_size seed",
+    CorruptSettings: "size resize jpeg_quality seed font",
+}
+
+
+@pytest.mark.parametrize("kind", FROM_THE_FIRST)
+def test_every_setting_was_there_from_the_first_or_has_its_line(kind):
+    """Without one, nobody could go on with what an earlier version began."""
+    assert {field.name for field in fields(kind)} <= {*FROM_THE_FIRST[kind].split(), *BEFORE}
 
 
 def test_a_setting_that_went_away_and_another_stage_are_refused(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from sda_fast.errors import SdaError
 from sda_fast.stages import align, evaluate, finetune, pipeline, synthesize
 from sda_fast.stages.config import read_config
+from sda_fast.stages.manifest import BEFORE
 from sda_fast.stages.pipeline import UNALIGNED
 
 METHODS = ["Source", "DiffPure", "DDA", "SDA", UNALIGNED]
@@ -112,6 +113,20 @@ def test_a_whole_run_and_a_second_one(tmp_path, config, run, pictures, no_work):
     assert "Accuracy of resnet" in again.out
     assert str(out / "report.html") in again.out
     assert json.loads((out / "results.json").read_text())["rows"] == result["rows"]
+
+    for path in out.rglob("manifest.json"):
+        path.write_text(json.dumps(earlier(json.loads(path.read_text()))))
+    upgraded = run(config)
+    assert upgraded.code == 0, upgraded.err
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def earlier(manifest):
+    """What stands in a manifest, but for the settings that earlier versions did not have."""
+    if not isinstance(manifest, dict):
+        return manifest
+    kept = {name: earlier(value) for name, value in manifest.items() if name not in BEFORE.keys() - {"format"}}
+    return {name: value for name, value in kept.items() if (name, value) != ("format", "png")}
 
 
 def check_rows(rows):

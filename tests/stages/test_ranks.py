@@ -6,10 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from sda_fast.errors import SdaError
 from sda_fast.stages import ranks
@@ -35,11 +37,14 @@ def kills():
     del sys.modules["kills"]
 
 
-def torchrun(processes, *arguments):
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [*command, "-m", "--", "sda_fast", *map(str, arguments)]
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
+TORCHRUN = [sys.executable, "-P", "-m", "torch.distributed.run"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(processes, logs, *arguments):
+    options = ["--standalone", "--nproc-per-node", processes, "--log-dir", logs]
+    command = map(str, [*TORCHRUN, *options, "-m", "--", "sda_fast", *arguments])
+    return subprocess.run(list(command), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
 
 
 def align_options(images, output, adm):
@@ -50,7 +55,7 @@ def align_options(images, output, adm):
 def test_any_number_of_processes_makes_the_same_files(tmp_path, images, tiny, pictures, processes):
     align(images, tmp_path / "one", tiny.adm, ALIGN)
     (images / "broken.png").write_bytes(b"no picture")
-    run = torchrun(processes, *align_options(images, tmp_path / "out", tiny.adm), "--batch-size", 2)
+    run = torchrun(processes, tmp_path / "logs", *align_options(images, tmp_path / "out", tiny.adm), "--batch-size", 2)
     assert pictures(tmp_path / "out") == pictures(tmp_path / "one"), run.stderr
     # Once, and not by every process; what could not be read is every process's failure.
     assert run.stdout.count("images in") == 1, run.stderr
@@ -98,7 +103,7 @@ class FakeStore:
     """The store of torch.distributed as one process sees it."""
 
     def __init__(self):
-        self.values, self.set_timeout = {}, lambda timeout: None
+        self.values = {}
 
     def set(self, key, value):
         self.values[key] = value
@@ -122,6 +127,56 @@ def test_work_is_handed_out_once_and_in_turn():
     assert [a.add(2), b.add(3), a.add(1)] == [2, 5, 6]
     assert first.first
     assert not second.first
+
+
+def meet(store, size):
+    """The number that all of `size` processes agree on."""
+    with ThreadPoolExecutor(size) as pool:
+        (number,) = set(pool.map(lambda rank: ranks._meet(store, rank, size), range(size)))
+    return number
+
+
+def test_processes_that_are_started_again_agree_on_another_number():
+    store = torch.distributed.HashStore()
+    numbers = [meet(store, 3)]
+    store.add("starts-0", 1)  # some were started again, and were gone before they met
+    store.add("starts-2", 1)
+    numbers += [meet(store, 3), meet(store, 2), meet(store, 3)]
+    assert len(set(numbers)) == 4
+
+
+MACHINE = """
+import os, signal, sys
+from pathlib import Path
+from sda_fast.stages.ranks import ranks
+
+others, once = ranks(), Path(sys.argv[1])
+taken = others.gather(list(others.take(4)))
+if others.rank == 1 and not once.exists():
+    once.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+others.gather(None)
+print(sorted(sum(taken, [])))
+"""
+
+
+def test_machines_that_count_their_restarts_apart_meet_again(tmp_path):
+    """A process dies: its machine counts a restart, the other one starts its own process again uncounted."""
+    (tmp_path / "machine.py").write_text(MACHINE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--log-dir", tmp_path / "logs"]
+    options = ["--nnodes", "2", "--max-restarts", "1", *where, tmp_path / "machine.py", tmp_path / "once"]
+    command, pipe = list(map(str, [*TORCHRUN, *options])), subprocess.PIPE
+    machines = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT) for _ in range(2)]
+    try:
+        said = [machine.communicate(timeout=120) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.terminate()  # which ends its process too
+    assert [out for out, _ in said] == ["[0, 1, 2, 3]\n"] * 2, said
+    assert sum("exitcode: -9" in errors for _, errors in said) == 1
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """Batches in parts: what each holds, what their gradients add up to, whose statistics BatchNorm keeps."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sda_fast.data import to_unit
+from sda_fast.errors import SdaError
 from sda_fast.models import load_classifier
 from sda_fast.stages import training
 from sda_fast.stages.epochs import batches, divide, epoch_parts
@@ -86,3 +89,15 @@ def test_running_statistics_are_the_first_parts(tiny, data):
         expected = [e + p.grad * len(part) / 7 for e, p in zip(expected, alone.parameters(), strict=True)]
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_memory_that_does_not_hold_the_sum_over_processes(tiny, data, monkeypatch):
+    def too_much(tensor):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", too_much)
+    images, labels, parts = data
+    model = load_classifier(tiny.convnext).requires_grad_(True)
+    first_of_one = SimpleNamespace(rank=0, size=1)
+    with pytest.raises(SdaError, match="the device's memory does not hold the gradients and the optimizer's state"):
+        training._gradient(model, parts, loaded(parts, images, labels), RECIPE, [0, 0, 0], first_of_one)

@@ -287,12 +287,15 @@ def test_wrong_use(cli, tmp_path, monkeypatch, arguments, message):
     assert not list(Path(tmp_path).iterdir())
 
 
-def test_the_testbed_of_other_patches_is_refused(cli, tmp_path):
-    options = ["--output", tmp_path, "--corruption", "fog", "--method", "source", "--preset", "photos"]
-    assert cli("compare", *options, "--per-class", 2).code == 0
-    said = cli("compare", *options)
+def test_the_testbed_of_other_patches_is_refused_before_any_is_written(cli, tmp_path, pictures):
+    options = ["--output", tmp_path, "--method", "source", "--preset", "photos"]
+    assert cli("compare", *options, "--corruption", "fog", "--per-class", 2).code == 0
+    written = pictures(tmp_path / "target")
+    said = cli("compare", *options, "--corruption", "snow")
     assert said.code == 2
-    assert "holds 56 patches, these options ask for 28: give the --per-class" in said.err
+    # The second patch of each class, and the first one under fog.
+    assert "holds 42 patches that these options do not ask for, such as clean/astronaut/001.png: give the" in said.err
+    assert pictures(tmp_path / "target") == written
 
 
 def test_torchrun_is_refused(study, tmp_path, monkeypatch):
