@@ -39,6 +39,7 @@ BEFORE = {
     "engine": "eager",
     "precision": "fp32",
     "phase_convolutions": False,
+    "winograd": False,
     "format": "png",
 }
 _TEMPORARY = re.compile(r"\.sda-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-\d+\.tmp")
