@@ -25,7 +25,7 @@ def create_engine(name: str, **options: Any) -> Engine:
         raise SdaError(f"engine {name!r} is not known; choose one of {', '.join(ENGINES)}")
     module, cls = ENGINES[name]
     made: Any = getattr(import_module(f"sda_fast.engines.{module}"), cls)
-    for option in options:
-        if option not in (known := [field.name for field in fields(made)]):
-            raise SdaError(f"engine {name!r} has no option {option}; it knows {', '.join(known) or 'none'}")
+    known = {field.name for field in fields(made)}
+    if unknown := [option for option in options if option not in known]:
+        raise SdaError(f"engine {name!r} has no option {', '.join(unknown)}: leave it out or choose another engine")
     return made(**options)

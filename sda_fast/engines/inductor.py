@@ -33,7 +33,8 @@ class InductorEngine:
 
     def check(self, step: Step, device: torch.device) -> None:
         if self.winograd and (device.type != "cpu" or step.precision != "bf16" or not winograd_runs()):
-            raise SdaError("winograd is for bf16 on a CPU with AVX512-BF16 instructions: leave it out")
+            needed = "precision bf16 and a CPU with AVX512-BF16 instructions"
+            raise SdaError(f"winograd needs {needed}: give both or leave it out")
 
     def prepare(self, step: Step, example: tuple[Tensor, ...]) -> "InductorProgram":
         self.check(step, example[0].device)

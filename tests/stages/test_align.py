@@ -299,7 +299,7 @@ def test_an_input_made_anew_with_other_settings_is_not_mixed_in(tmp_path, images
         ({"norm": "batch", "norm_group": 3}, "would cut a norm group of 3"),
         ({"respacing": "1001"}, "'1001': 1001 is not between 1 and 1000"),
         ({"winograd": True}, "engine 'eager' has no option winograd"),
-        ({"winograd": True, "engine": "inductor"}, "winograd is for bf16 on a CPU with AVX512-BF16 instructions"),
+        ({"winograd": True, "engine": "inductor"}, "winograd needs precision bf16 and a CPU with AVX512-BF16"),
         ({"engine": "turbo"}, "engine 'turbo' is not known; choose one of eager, inductor, onnx, trt"),
         ({"precision": "fp8"}, "precision 'fp8' is not known"),
         (
