@@ -288,6 +288,7 @@ def test_wrong_use(cli, tmp_path, monkeypatch, arguments, message):
 
 
 def test_the_testbed_of_other_patches_is_refused(cli, tmp_path):
+    pytest.importorskip("imagecorruptions", reason='needs pip install "sda-fast[photos]"')
     options = ["--output", tmp_path, "--corruption", "fog", "--method", "source", "--preset", "photos"]
     assert cli("compare", *options, "--per-class", 2).code == 0
     said = cli("compare", *options)
