@@ -75,7 +75,7 @@ def run() -> None:
     import sda_fast.cli.studies  # noqa: F401  (all register commands)
 
     try:
-        app()
+        app(prog_name="sda-fast")  # in its usage too, however it was started
     except SdaError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()

@@ -109,6 +109,7 @@ def test_classes_from_a_file_and_only_some_of_them(tmp_path, cli, tiny, pictures
 
 
 def test_photos(tmp_path, cli, pictures):
+    pytest.importorskip("imagecorruptions", reason='needs pip install "sda-fast[photos]"')
     command = ("photos", "-o", tmp_path / "out", "--per-class", 1, "--severity", 3, "--corruption", "fog")
     said = cli(*command, "--json")
     assert (said.code, said.err) == (0, "")

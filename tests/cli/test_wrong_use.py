@@ -184,6 +184,8 @@ def places(tmp_path, tiny, write_images):
 
 @pytest.mark.parametrize("command", CASES)
 def test_one_sentence_and_exit_code_two(cli, places, command):
+    if command.startswith(("photos -o {text}", "demo -o {text}")):
+        pytest.importorskip("imagecorruptions", reason='needs pip install "sda-fast[photos]"')
     said = cli(*shlex.split(command.format(**places)), *([] if "train" in command else ["--json"]))
     assert CASES[command].format(**places) in said.err
     lines = [line for line in said.err.splitlines() if not line.startswith("== ")]  # demo and run name their stages

@@ -14,7 +14,7 @@ from sda_fast.errors import SdaError
 from sda_fast.stages.corrupt import CorruptSettings, corrupt_folder
 from sda_fast.stages.failures import read_failures
 
-pytest.importorskip("imagecorruptions")
+pytest.importorskip("imagecorruptions", reason='needs pip install "sda-fast[photos]"')
 
 FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 SMALL = CorruptSettings(size=32, resize=36)

@@ -11,7 +11,7 @@ import pytest
 from sda_fast.data import CORRUPTIONS, corrupt, corruptions
 from sda_fast.errors import SdaError
 
-pytest.importorskip("imagecorruptions")
+pytest.importorskip("imagecorruptions", reason='needs pip install "sda-fast[photos]"')
 
 SEEDLESS = ("brightness", "contrast", "defocus_blur", "zoom_blur", "pixelate", "jpeg_compression")
 

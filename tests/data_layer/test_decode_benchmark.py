@@ -23,6 +23,23 @@ def test_rows(tmp_path):
     assert dali.items() >= {"images": 6, "reading_threads": 2}.items()
 
 
+def test_without_dali_pillow_alone_is_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import decode
+
+    monkeypatch.setattr(sys, "argv", ["", "--images=2", "--repeats=1", f"--output={tmp_path}"])
+    with pytest.raises(SystemExit) as end:
+        decode.main()
+    assert end.value.code == 0
+    (row,) = map(json.loads, (tmp_path / "decode.jsonl").read_text().splitlines())
+    assert (row["decoder"], row["speedup"]) == ("pillow", 1)
+    skipped, timed = capsys.readouterr().out.splitlines()
+    assert skipped.startswith("SKIPPED: dali: ")
+    assert skipped.endswith('pip install "sda-fast[dali]"')
+    assert timed.startswith("pillow ")
+
+
 def test_crops_beyond_the_bound_have_no_figure(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import decode

@@ -24,11 +24,18 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+EXTRAS = {  # of the examples that need one: what they import of ours, the package, the extra that brings it
+    "sda_fast.photos.testbed": ("imagecorruptions", "photos"),
+    "sda_fast.methods.vp_sde": ("torchsde", "diffpure"),
+}
 PYTHON = [(path.name, code) for path in DOCUMENTS for code in blocks(path, "python")]
 
 
 @pytest.mark.parametrize(("name", "code"), PYTHON, ids=[f"{name}-{i}" for i, (name, _) in enumerate(PYTHON)])
 def test_python_example(name, code, tmp_path):
+    for module, (package, extra) in EXTRAS.items():
+        if module in code:
+            pytest.importorskip(package, reason=f'needs pip install "sda-fast[{extra}]"')
     environment = dict(os.environ)
     if "sda_fast.kernels" in code:
         if importlib.util.find_spec("triton") is None:
@@ -52,6 +59,7 @@ def test_documents_have_python_examples():
 
 def test_command_line_tour(tmp_path):
     """The commands of docs/cli.md, one after the other in one folder; blocks that name a file first write it."""
+    pytest.importorskip("imagecorruptions", reason='needs pip install "sda-fast[photos]"')
     tour = ROOT / "docs" / "cli.md"
     text = tour.read_text(encoding="utf-8")
     for name, content in re.findall(r"`(\S+\.toml)`:\n\n```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL):

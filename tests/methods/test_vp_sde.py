@@ -14,6 +14,8 @@ from sda_fast.models import load_adm
 from sda_fast.projector import Purifier
 from sda_fast.weights import weights_path
 
+pytest.importorskip("torchsde", reason='needs pip install "sda-fast[diffpure]"')
+
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 

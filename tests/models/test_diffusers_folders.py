@@ -3,7 +3,6 @@
 import json
 import sys
 
-import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +11,8 @@ from sda_fast.errors import SdaError
 from sda_fast.models import load_dit
 from sda_fast.models.vae import load_vae
 from sda_fast.weights import weights_path
+
+diffusers = pytest.importorskip("diffusers", reason='needs pip install "sda-fast[vae]"')
 
 DIT = {
     "num_attention_heads": 2,

@@ -9,7 +9,7 @@ from sda_fast.data import corrupt, to_uint8, to_unit
 from sda_fast.models import load_adm, load_classifier
 from sda_fast.weights import weights_path
 
-pytest.importorskip("imagecorruptions")
+pytest.importorskip("imagecorruptions", reason='needs pip install "sda-fast[photos]"')
 
 from sda_fast.photos.dataset import CLASSES, held_out_patches
 

@@ -11,6 +11,8 @@ from sda_fast.photos import testbed as stage
 from sda_fast.photos.dataset import CLASSES, held_out_patches
 from sda_fast.photos.testbed import SEVERITY, write_testbed
 
+pytest.importorskip("imagecorruptions", reason='needs pip install "sda-fast[photos]"')
+
 TWO = ("fog", "gaussian_noise")
 
 

@@ -3,7 +3,6 @@
 import math
 import random
 
-import cv2
 import numpy as np
 import pytest
 import timm
@@ -128,6 +127,7 @@ def test_augmentations_of_the_resnet():
 
 
 def test_the_resnet_sees_what_opencv_resizes():
+    cv2 = pytest.importorskip("cv2", reason="needs pip install opencv-python-headless")
     image = np.random.default_rng(0).integers(256, size=(256, 256, 3), dtype=np.uint8)
     transform = crop_flip(224)
     torch.manual_seed(0)

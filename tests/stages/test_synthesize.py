@@ -159,7 +159,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path, tiny, changes, message):
 
 
 def test_latents_are_decoded(tmp_path, tiny, pictures):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason='needs pip install "sda-fast[vae]"')
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, **blocks)

@@ -288,6 +288,7 @@ def test_wrong_use(cli, tmp_path, monkeypatch, arguments, message):
 
 
 def test_the_testbed_of_other_patches_is_refused_before_any_is_written(cli, tmp_path, pictures):
+    pytest.importorskip("imagecorruptions", reason='needs pip install "sda-fast[photos]"')
     options = ["--output", tmp_path, "--method", "source", "--preset", "photos"]
     assert cli("compare", *options, "--corruption", "fog", "--per-class", 2).code == 0
     written = pictures(tmp_path / "target")
