@@ -163,7 +163,7 @@ def test_time_from_a_rate(plan, run):
 
 
 def test_time_from_measured_rows(tmp_path, plan, run):
-    """Of rows that fit step, network, engine and precision, the latest counts."""
+    """Of rows that fit step, network, engine, precision and kinds of convolution, the latest counts."""
     common = {"benchmark": "step", "engine": "eager", "precision": "fp32", "threads": 1, "batch": 8, "device": "chip"}
     photos = {**common, "preset": "photos", "step": "GuidedStep"}
     rates = [
@@ -173,6 +173,8 @@ def test_time_from_measured_rows(tmp_path, plan, run):
         {**photos, "tflop_per_s": 4.0, "engine": "inductor"},
         {**photos, "tflop_per_s": 5.0, "step": "UnguidedStep"},
         {**photos, "tflop_per_s": 6.0, "preset": "adm-256-uncond"},
+        {**photos, "tflop_per_s": 7.0, "winograd": True},
+        {**photos, "tflop_per_s": 8.0, "phase_convolutions": True},
         {**photos, "failed": "no time"},
         {"benchmark": "ledger"},
     ]
@@ -187,6 +189,8 @@ def test_time_from_measured_rows(tmp_path, plan, run):
     assert rows["align"]["seconds"] == pytest.approx(rows["align"]["flops"] / 2e12)
     assert rows["align"]["basis"] == "2 TFLOP/s, GuidedStep on eager in fp32, batch 8, chip, 1 thread(s)"
     assert rows["synthesize"]["seconds"] is rows["evaluate resnet"]["seconds"] is None
+    phases = plan("--rows", path, changes=[*changes, ("align = {", "align = { phase_convolutions = true,")])
+    assert phases["align"]["basis"].startswith("8 TFLOP/s, GuidedStep on eager in fp32, phase convolutions, batch 8")
     text = " ".join(run("--dry-run", "--rows", path, changes=changes).out.split())
     assert "Without a rate: DiTStep of this network on eager in fp32, of which no row is; a classifier" in text
 

@@ -142,11 +142,23 @@ void multiply_all(const uint16_t* v, const uint16_t* u, int64_t channels, int64_
     for (; tiles >= kTiles; tiles -= kTiles, v += kTiles * channels, m += kTiles * kColumns) {
         multiply<kTiles>(v, u, channels, m);
     }
-    if (tiles == 5) multiply<5>(v, u, channels, m);
-    if (tiles == 4) multiply<4>(v, u, channels, m);
-    if (tiles == 3) multiply<3>(v, u, channels, m);
-    if (tiles == 2) multiply<2>(v, u, channels, m);
-    if (tiles == 1) multiply<1>(v, u, channels, m);
+    switch (tiles) {
+        case 5:
+            multiply<5>(v, u, channels, m);
+            break;
+        case 4:
+            multiply<4>(v, u, channels, m);
+            break;
+        case 3:
+            multiply<3>(v, u, channels, m);
+            break;
+        case 2:
+            multiply<2>(v, u, channels, m);
+            break;
+        case 1:
+            multiply<1>(v, u, channels, m);
+            break;
+    }
 }
 
 // A^T m A + bias of `tiles` tiles from `first` on, for 64 kernels; m is [16, block_tiles, 64].

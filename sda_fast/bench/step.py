@@ -47,6 +47,8 @@ def bench_step(
     gpu = device != "cpu"
     step = make_step(model, precision, guided, phase_convolutions)
     example = step.example(batch)
+    chosen = create_engine(engine, **(options or {}))
+    chosen.check(step, torch.device(device))
     with tf32(False):
         bounds, exact = _bounds(model, step.outputs, example, precision, guided)
         before = 0
@@ -54,9 +56,7 @@ def bench_step(
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
         programs = []
-        prepare_seconds = seconds(
-            lambda: programs.append(create_engine(engine, **(options or {})).prepare(step, example)), device
-        )
+        prepare_seconds = seconds(lambda: programs.append(chosen.prepare(step, example)), device)
         (program,) = programs
         outputs = dict(zip(step.outputs, program.run(*example), strict=True))
         errors = {name: relative_error(outputs[name], exact[name]) for name in exact}

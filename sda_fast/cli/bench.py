@@ -33,6 +33,7 @@ def bench(
     """Time a step of a model against the published code in one run, parity first; or count what it costs."""
     from sda_fast.bench import bench_projection, bench_step, load_model, step_ledger
     from sda_fast.engines import ENGINES
+    from sda_fast.engines.create import with_winograd
     from sda_fast.engines.steps import dtype_of
 
     _check_device(device)
@@ -48,6 +49,8 @@ def bench(
         raise SdaError("--ledger counts, which does not depend on weights: leave out --weights")
     if ledger and winograd:
         raise SdaError("--ledger counts direct convolutions: leave out --winograd")
+    if winograd:
+        with_winograd(engine)
     if whole:
         row, text = bench_projection(preset, batch, repeats, device), _projection_text
     else:
@@ -88,14 +91,16 @@ def _step_text(row: dict[str, Any]) -> str:
     peak = "not known" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.3f} GB"
     errors = ", ".join(f"{name} {p['error']:.1e} (of {p['bound']:.1e})" for name, p in row["parity"].items())
     device = row["device"] if row["cuda"] else f"{row['device']}, {row['threads']} thread(s)"
+    share = f"{row['fraction_of_matmul']:.0%} of the {row['matmul_tflop_per_s']:.4g} of a matrix product"
+    if row.get("winograd"):
+        share = "counted as direct convolutions"
     lines = {
         "relative error": errors,
         "prepared in": f"{row['prepare_seconds']:.1f} s",
         "this engine": f"{row['seconds_per_image']:.4g} s/image and step",
         "original": f"{row['reference_seconds_per_image']:.4g} s/image and step ({row['reference']})",
         "speed-up": f"{row['speedup']:.2f}x",
-        "arithmetic": f"{row['tflop_per_s']:.4g} TFLOP/s, {row['fraction_of_matmul']:.0%} of the "
-        f"{row['matmul_tflop_per_s']:.4g} of a matrix product",
+        "arithmetic": f"{row['tflop_per_s']:.4g} TFLOP/s, {share}",
         "bytes, unfused": f"{row['bytes'] / 1e9:.4g} GB, {row['gb_per_s']:.4g} GB/s (of a copy "
         f"{row['copy_gb_per_s']:.4g})",
         "peak memory": peak,
@@ -125,7 +130,8 @@ def _ledger_text(row: dict[str, Any]) -> str:
 
 def _head(row: dict[str, Any], where: str) -> str:
     how = [row["engine"]] if "engine" in row else []
-    return f"{row['step']} of {row['preset']}, {', '.join([*how, row['precision']])}, batch {row['batch']} ({where})"
+    how += [row["precision"], *(name for name in ("phase_convolutions", "winograd") if row.get(name))]
+    return f"{row['step']} of {row['preset']}, {', '.join(how)}, batch {row['batch']} ({where})"
 
 
 @app.command()

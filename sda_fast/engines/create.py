@@ -27,5 +27,12 @@ def create_engine(name: str, **options: Any) -> Engine:
     made: Any = getattr(import_module(f"sda_fast.engines.{module}"), cls)
     known = {field.name for field in fields(made)}
     if unknown := [option for option in options if option not in known]:
-        raise SdaError(f"engine {name!r} has no option {', '.join(unknown)}: leave it out or choose another engine")
+        raise SdaError(f"engine {name!r} has no option {', '.join(unknown)}: choose another engine or leave it out")
     return made(**options)
+
+
+def with_winograd(name: str) -> Engine:
+    """The engine of that name with its option `winograd`. Raises SdaError where it has none."""
+    if name != "inductor":
+        raise SdaError(f"winograd is an option of the inductor engine, not of {name}: give both or leave it out")
+    return create_engine(name, winograd=True)

@@ -32,9 +32,14 @@ class InductorEngine:
     name = "inductor"
 
     def check(self, step: Step, device: torch.device) -> None:
-        if self.winograd and (device.type != "cpu" or step.precision != "bf16" or not winograd_runs()):
-            needed = "precision bf16 and a CPU with AVX512-BF16 instructions"
-            raise SdaError(f"winograd needs {needed}: give both or leave it out")
+        if not self.winograd:
+            return
+        if device.type != "cpu":
+            raise SdaError(f"winograd runs on a CPU, not on {device}: leave it out")
+        if step.precision != "bf16":
+            raise SdaError(f"winograd computes in bf16, not in {step.precision}: choose precision bf16 or leave it out")
+        if not winograd_runs():
+            raise SdaError("winograd needs AVX512-BF16 instructions, which this processor has not: leave it out")
 
     def prepare(self, step: Step, example: tuple[Tensor, ...]) -> "InductorProgram":
         self.check(step, example[0].device)
@@ -45,8 +50,8 @@ class InductorProgram:
     def __init__(self, engine: InductorEngine, step: Step, example: tuple[Tensor, ...]):
         self._engine, self._precision = engine, step.precision
         graph = trace(step, example, channels_last=True)
-        if engine.winograd:
-            use_winograd(graph)
+        if engine.winograd and not use_winograd(graph):
+            raise SdaError("winograd takes none of this network's convolutions: leave it out")
         self._memory = peak_bytes(graph)
         compiled = torch.compile(graph, dynamic=False, fullgraph=True)
 

@@ -28,7 +28,8 @@ from sda_fast.data import (
 )
 from sda_fast.data.images import JPEG_SUFFIXES
 from sda_fast.diffusion.guidance import Norm
-from sda_fast.engines import Precision, create_engine
+from sda_fast.engines import Precision
+from sda_fast.engines.create import with_winograd
 from sda_fast.errors import SdaError
 from sda_fast.models import ADM, load_adm, with_phase_convolutions
 from sda_fast.projector import Projector, Purifier
@@ -97,7 +98,7 @@ def make_projection(adm: Any, settings: AlignSettings, batch_size: int | None = 
         name: getattr(settings, name) for name in ("respacing", "start", "engine", "precision", "seed")
     }
     if settings.winograd:
-        common["engine"] = create_engine(settings.engine, winograd=True)
+        common["engine"] = with_winograd(settings.engine)
     if batch_size is None and settings.batch_size != "auto":
         batch_size = settings.batch_size
     common["batch_size"] = batch_size

@@ -32,8 +32,9 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 KEYS = {"format", "stage", "settings", "version", "created"}
 # What runs of every stage did before there was this setting: where a manifest does not name it, it has this value, so
-# that a folder of an earlier version goes on. Whoever adds a setting adds its line; but where what runs do changed with
-# it, as with the later settings of a recipe, there is none, and such a folder is refused.
+# that a folder of an earlier version goes on; a name means the same in every stage. Whoever adds a setting adds its
+# line; but where what runs do changed with it, as with the later settings of a recipe, there is none, and such a folder
+# is refused.
 BEFORE = {
     "decoder": "pillow",
     "engine": "eager",

@@ -116,7 +116,8 @@ def _meet(store: Any, rank: int, size: int) -> int:
     """A number that all processes of this start agree on, and none of an earlier one had, when all have come here.
 
     torchrun keeps its store when it starts processes again, and what those before left in it must not count. How often
-    it did is no such number: each machine counts its own failures, and none when a machine joins or leaves.
+    it did is no such number: each machine counts its own failures, and none when a machine joins or leaves. All
+    processes of a start end before the next one, so that none of them still waits here.
     """
     start = store.add(f"starts-{rank}", 1)  # of processes of this rank: another for each, and it never returns
     if rank > 0:

@@ -25,7 +25,7 @@ from sda_fast.stages.ranks import Ranks, ranks
 from sda_fast.stages.recipes import Recipe
 
 STATE = ".resume.pt"
-# What needs memory whatever the number of images: nothing a setting could make smaller.
+# What needs memory whatever the number of images at once.
 _UPDATE = ("the gradients and the optimizer's state of this model", "use a device with more memory")
 
 

@@ -88,7 +88,7 @@ CASES = {
     "bench --whole --engine onnx": "--whole measures the eager projection of the shipped model in fp32: give only",
     "bench --whole --winograd": "--whole measures the eager projection",
     "bench --ledger --winograd": "--ledger counts direct convolutions: leave out --winograd",
-    "bench --winograd": "engine 'eager' has no option winograd: leave it out or choose another engine",
+    "bench --winograd": "winograd is an option of the inductor engine, not of eager: give both or leave it out",
     "bench --whole --preset dit-xl-2-256": "--whole measures the preset photos, not 'dit-xl-2-256'",
     "bench --engine onnx --precision bf16": "the onnx engine runs fp32 on the CPU, not bf16 on cpu",
     "bench --ledger --weights {adm}": "--ledger counts, which does not depend on weights: leave out --weights",

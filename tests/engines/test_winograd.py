@@ -3,14 +3,16 @@
 import pytest
 import torch
 
+from sda_fast.bench.step import relative_error
 from sda_fast.diffusion import LowPass
 from sda_fast.engines import GuidedStep, UnguidedStep, create_engine
+from sda_fast.engines.create import with_winograd
 from sda_fast.engines.eager import EagerEngine
 from sda_fast.engines.graph import trace
 from sda_fast.engines.winograd import use_winograd
 from sda_fast.errors import SdaError
 from sda_fast.models import load_adm
-from sda_fast.ops.winograd_convolution import runs
+from sda_fast.ops.winograd_convolution import pack_kernels, runs
 
 convolution, winograd = torch.ops.aten.convolution.default, torch.ops.sda_fast.winograd_convolution.default
 
@@ -36,10 +38,6 @@ def graph_of(step, images=2):
     return trace(step, example(step, images), channels_last=True)
 
 
-def relative(value, expected):
-    return float((value - expected).norm() / expected.norm())
-
-
 def test_what_is_replaced(step):
     graph = graph_of(step)
     before = graph.graph.find_nodes(op="call_function", target=convolution)
@@ -49,7 +47,7 @@ def test_what_is_replaced(step):
     assert 0 < replaced == len(new) == len(before) - len(after)
     assert all(node.args[1].op == "get_attr" for node in new)  # packed when the graph is made, not in a run
     assert all(node.args[0].meta["val"].shape[2] >= 16 for node in new)
-    assert not any(name.startswith("pack_kernels") for name in dict(graph.named_buffers()))
+    assert not graph.graph.find_nodes(op="call_function", target=pack_kernels)
     for node in after:
         images, (kernels, channels, *sides) = node.args[0].meta["val"], node.args[1].meta["val"].shape
         too_small = images.shape[2] < 16
@@ -69,7 +67,7 @@ def test_rounding(adm, step):
     direct = graph(*inputs)
     assert use_winograd(graph)
     errors = {
-        name: (relative(a, e), relative(b, e))
+        name: (relative_error(a, e), relative_error(b, e))
         for name, a, b, e in zip(step.outputs, graph(*inputs), direct, exact, strict=True)
         if name != "squares"  # one number per image, which can be right by chance
     }
@@ -79,11 +77,17 @@ def test_rounding(adm, step):
 
 
 @pytest.mark.skipif(not runs(), reason="this processor has no AVX512-BF16 instructions")
-def test_the_engine(tiny):
+def test_the_engine(tiny, monkeypatch):
     """The compiled network errs as much as the graph that it was compiled from."""
-    adm = load_adm(
-        tiny.save("adm", "winograd_16", model_channels=64, channel_mult=[1], attention_resolutions=[])
-    ).eval()
+    replaced = []
+
+    def count(graph):
+        replaced.append(use_winograd(graph))
+        return replaced[-1]
+
+    monkeypatch.setattr("sda_fast.engines.inductor.use_winograd", count)
+    sizes = dict(model_channels=64, channel_mult=[1], attention_resolutions=[])
+    adm = load_adm(tiny.save("adm", "winograd_16", **sizes)).eval()
     step = UnguidedStep(adm, "bf16")
     inputs = step.example(2)
     (exact,) = EagerEngine().prepare(UnguidedStep(adm), inputs).run(*inputs)
@@ -92,18 +96,29 @@ def test_the_engine(tiny):
     (expected,) = graph(*example(step))
     program = create_engine("inductor", winograd=True).prepare(step, inputs)
     (out,) = program.run(*inputs)
-    assert 0 < relative(out, exact) <= 1.5 * relative(expected, exact)
+    assert 0 < relative_error(out, exact) <= 1.5 * relative_error(expected, exact)
+    assert replaced[0] > 0
     assert program.describe()["winograd"] is True
 
 
 def test_where_it_is_refused(adm, step, monkeypatch):
-    with pytest.raises(SdaError, match="winograd needs precision bf16 and a CPU with AVX512-BF16"):
+    with pytest.raises(SdaError, match="winograd computes in bf16, not in fp32: choose precision bf16 or leave it out"):
         create_engine("inductor", winograd=True).check(GuidedStep(adm, LowPass(32, 4)), torch.device("cpu"))
-    with pytest.raises(SdaError, match="give both or leave it out"):
+    with pytest.raises(SdaError, match="winograd runs on a CPU, not on cuda: leave it out"):
         create_engine("inductor", winograd=True).check(step, torch.device("cuda"))
     monkeypatch.setattr("sda_fast.engines.inductor.winograd_runs", lambda: False)
-    with pytest.raises(SdaError, match="give both or leave it out"):
+    with pytest.raises(SdaError, match="AVX512-BF16 instructions, which this processor has not: leave it out"):
         create_engine("inductor", winograd=True).prepare(step, step.example(1))
     create_engine("inductor").check(step, torch.device("cpu"))
-    with pytest.raises(SdaError, match="engine 'eager' has no option winograd: leave it out or choose another engine"):
+    with pytest.raises(SdaError, match="engine 'eager' has no option winograd: choose another engine or leave it out"):
         create_engine("eager", winograd=True)
+    with pytest.raises(SdaError, match="winograd is an option of the inductor engine, not of onnx: give both or leave"):
+        with_winograd("onnx")
+
+
+def test_a_network_without_such_convolutions_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr("sda_fast.engines.inductor.winograd_runs", lambda: True)
+    narrow = tiny.save("adm", "winograd_narrow", model_channels=32, channel_mult=[1], attention_resolutions=[])
+    step = UnguidedStep(load_adm(narrow), "bf16")
+    with pytest.raises(SdaError, match="winograd takes none of this network's convolutions: leave it out"):
+        create_engine("inductor", winograd=True).prepare(step, step.example(1))

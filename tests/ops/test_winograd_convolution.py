@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import conv2d
 
 from sda_fast import ops
+from sda_fast.bench.step import relative_error
 from sda_fast.errors import SdaError
 from sda_fast.ops.winograd_convolution import pack_kernels, runs, unpack_kernels, winograd_convolution
 from sda_fast.reference import winograd_convolution as plain
@@ -22,6 +23,8 @@ SHAPES = [
     (2, 256, 64, 16, 18),
     (1, 16, 192, 40, 64),
 ]
+
+COMPILED = pytest.mark.skipif(not runs(), reason="this processor has no AVX512-BF16 instructions")
 
 
 @pytest.fixture(params=["cpp", "plain"])
@@ -41,10 +44,6 @@ def tensors(shape, seed=0):
     return x.to(memory_format=torch.channels_last), weight, torch.randn(kernels, generator=generator)
 
 
-def relative(y, exact):
-    return ((y.double() - exact).norm() / exact.norm()).item()
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_in_real_numbers_it_is_conv2d(shape):
     x, weight, bias = (tensor.double() for tensor in tensors(shape))
@@ -60,10 +59,10 @@ def test_rounding(backend, shape):
     direct = conv2d(x, weight.bfloat16(), bias.bfloat16(), padding=1)
     y = winograd_convolution(x, pack_kernels(weight), bias)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert relative(y, exact) <= 3 * relative(direct, exact)
+    assert relative_error(y, exact) <= 3 * relative_error(direct, exact)
 
 
-@pytest.mark.skipif(not runs(), reason="this processor has no AVX512-BF16 instructions")
+@COMPILED
 @pytest.mark.parametrize("shape", SHAPES)
 def test_backends_agree(shape):
     """They round the same numbers; sums in another order can change the last bit of y."""
@@ -77,7 +76,8 @@ def test_backends_agree(shape):
         assert (y != other).float().mean() <= 1e-2
 
 
-def test_layouts(backend):
+@COMPILED
+def test_layouts():
     x, weight, _ = tensors((3, 32, 64, 6, 8))
     packed = pack_kernels(weight)
     y = winograd_convolution(x, packed)
@@ -88,7 +88,8 @@ def test_layouts(backend):
         assert torch.equal(winograd_convolution(same, packed), y)
 
 
-def test_an_image_is_alone_in_the_world(backend):
+@COMPILED
+def test_an_image_is_alone_in_the_world():
     x, weight, bias = tensors((7, 32, 64, 14, 10))
     packed = pack_kernels(weight)
     batch = winograd_convolution(x, packed, bias)
@@ -98,6 +99,7 @@ def test_an_image_is_alone_in_the_world(backend):
         assert torch.equal(winograd_convolution(x[i : i + 1], packed, bias)[0], batch[i])
 
 
+@COMPILED
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_do_not_matter(one_thread, threads):
     x, weight, bias = tensors((2, 64, 128, 32, 32))

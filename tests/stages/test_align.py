@@ -298,8 +298,11 @@ def test_an_input_made_anew_with_other_settings_is_not_mixed_in(tmp_path, images
         ({"norm": "group"}, "norm 'group' is not known"),
         ({"norm": "batch", "norm_group": 3}, "would cut a norm group of 3"),
         ({"respacing": "1001"}, "'1001': 1001 is not between 1 and 1000"),
-        ({"winograd": True}, "engine 'eager' has no option winograd"),
-        ({"winograd": True, "engine": "inductor"}, "winograd needs precision bf16 and a CPU with AVX512-BF16"),
+        ({"winograd": True}, "winograd is an option of the inductor engine, not of eager: give both or"),
+        (
+            {"winograd": True, "engine": "inductor"},
+            "winograd computes in bf16, not in fp32: choose",
+        ),
         ({"engine": "turbo"}, "engine 'turbo' is not known; choose one of eager, inductor, onnx, trt"),
         ({"precision": "fp8"}, "precision 'fp8' is not known"),
         (
