@@ -53,7 +53,8 @@ def _operators(gpu: bool) -> list[Finding]:
     try:
         import sda_fast._core as core
 
-        findings.append(_finding("C++ operators", True, "compiled"))
+        winograd = "" if core.winograd_convolution_cpu_runs() else " but for winograd_convolution: no AVX512-BF16 here"
+        findings.append(_finding("C++ operators", True, f"compiled{winograd}"))
         detail = "compiled" if core.cuda_built else "not compiled: install again with nvcc on the PATH"
         cuda = _finding("CUDA operators", core.cuda_built, detail)
         findings.append(_on_the_gpu(cuda, "cuda", _NO_GPU, gpu))
