@@ -89,7 +89,7 @@ def measure(model: Any, preset: str, asked: Configuration, device: str, repeats:
     options = {} if asked.cuda_graphs is None else {"cuda_graphs": asked.cuda_graphs}
     settings: Any = {"engine": asked.engine, "precision": asked.precision, "batch": asked.batch, "options": options}
     try:
-        return bench_step(model, preset, **settings, device=device, repeats=repeats)
+        return bench_step(model, preset, **settings, device=device, repeats=repeats, profile=True)
     except (torch.OutOfMemoryError, SdaError) as error:  # SdaError: an engine that could not be built
         full = isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError)
         reason = str(error).splitlines()[0]

@@ -104,6 +104,20 @@ def test_a_row_of_a_step(model, precision, guided):
     assert row["reference"].endswith("eager fp32, batch 2")
 
 
+def test_a_profile(small, cli):
+    """Seconds by kernel add up to about those of the step; without --profile there are none."""
+    said = cli("bench", "--batch", 4, "--repeats", 1, "--profile", "--json")
+    kernels = (row := json.loads(said.out))["kernels"]
+    assert [k["seconds"] for k in kernels[:-1]] == sorted((k["seconds"] for k in kernels[:-1]), reverse=True)
+    assert kernels[-1]["name"].endswith(" others")
+    assert any("convolution" in k["name"] and k["calls"] > 10 for k in kernels)
+    assert 0.3 < sum(k["seconds"] for k in kernels) / (4 * row["seconds_per_image"]) < 10
+    text = cli("bench", "--batch", 1, "--repeats", 1, "--profile").out
+    assert "by kernel, of one more run:" in text
+    assert "convolution" in text
+    assert "kernels" not in json.loads(cli("bench", "--repeats", 1, "--json").out)
+
+
 @pytest.mark.parametrize("output", [0, 1, 2, 3])
 @pytest.mark.parametrize("spoil", [lambda y: y * 1.001, lambda y: y * float("nan")], ids=["wrong", "nan"])
 def test_no_time_of_a_wrong_step(monkeypatch, output, spoil):

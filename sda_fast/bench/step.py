@@ -9,6 +9,7 @@ from torch import Tensor
 from sda_fast.bench.baseline import plain_outputs, published, published_step
 from sda_fast.bench.measure import copy_rate, environment, host_peak, interleaved, matmul_rate, seconds, tf32
 from sda_fast.bench.models import architecture, fake_step, make_step
+from sda_fast.bench.profile import profile_kernels
 from sda_fast.engines import Precision, create_engine
 from sda_fast.engines.ledger import Ledger, count
 from sda_fast.engines.steps import dtype_of
@@ -33,8 +34,10 @@ def bench_step(
     device: str = "cpu",
     repeats: int = 3,
     options: dict[str, Any] | None = None,
+    profile: bool = False,
 ) -> Row:
-    """One JSON-able row of a step of `model`, which is moved to the device; options: the engine's fields.
+    """One JSON-able row of a step of `model`, which is moved to the device; options: the engine's fields; profile: with
+    "kernels", the seconds of a further run kernel by kernel.
 
     Where `parity` fails, the row has "failed", a sentence, in place of times. Seconds are the median of `repeats`
     runs, taken in turn with the original's (`baseline.published_step`). Peak memory: on a GPU the most that was
@@ -83,6 +86,7 @@ def bench_step(
         reference, reference_batch, text = published_step(model, guided, batch, device)
         reference()
         ours, theirs = interleaved([lambda: program.run(*example), reference], repeats, device)
+        kernels = {"kernels": profile_kernels(lambda: program.run(*example), device)} if profile else {}
     settings: Any = dict(guided=guided, phase_convolutions=phase_convolutions, device=device)
     ledger = _ledger(type(model), model.config, engine, precision, batch, **settings)
     return row | {
@@ -94,6 +98,7 @@ def bench_step(
         "speedup": theirs / reference_batch / (ours / batch),
         **_rates(ledger, ours, precision, device),
         "peak_bytes": peak,
+        **kernels,
     }
 
 

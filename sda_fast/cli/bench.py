@@ -25,6 +25,7 @@ def bench(
     ledger: Annotated[
         bool, typer.Option("--ledger", help="Count FLOPs, bytes, kernels and memory; time none.")
     ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also where a step's time goes, by kernel.")] = False,
     whole: Annotated[bool, typer.Option("--whole", help="A whole projection of photos by Projector.")] = False,
     device: Device = "cpu",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File that takes the row, .jsonl.")] = None,
@@ -49,6 +50,8 @@ def bench(
         raise SdaError("--ledger counts, which does not depend on weights: leave out --weights")
     if ledger and winograd:
         raise SdaError("--ledger counts direct convolutions: leave out --winograd")
+    if profile and (ledger or whole):
+        raise SdaError("--profile is of a step that is timed: leave out --ledger and --whole")
     if winograd:
         with_winograd(engine)
     if whole:
@@ -61,6 +64,7 @@ def bench(
         else:
             model = load_model(preset, weights)
             settings["options"] = {"winograd": True} if winograd else {}
+            settings["profile"] = profile
             row, text = bench_step(model, preset, **settings, device=device, repeats=repeats), _step_text
             row["weights"] = str(weights or ("shipped" if preset == "photos" else "random"))
     if output is not None:
@@ -105,7 +109,15 @@ def _step_text(row: dict[str, Any]) -> str:
         f"{row['copy_gb_per_s']:.4g})",
         "peak memory": peak,
     }
-    return "\n".join([_head(row, device), *(f"  {name:<16} {value}" for name, value in lines.items())])
+    kernels = row.get("kernels", [])
+    return "\n".join(
+        [
+            _head(row, device),
+            *(f"  {name:<16} {value}" for name, value in lines.items()),
+            *(["  by kernel, of one more run:"] if kernels else []),
+            *(f"  {k['seconds']:12.6f} s {k['calls']:>6} x  {k['name'][:90]}" for k in kernels),
+        ]
+    )
 
 
 def _ledger_text(row: dict[str, Any]) -> str:

@@ -88,6 +88,7 @@ CASES = {
     "bench --whole --engine onnx": "--whole measures the eager projection of the shipped model in fp32: give only",
     "bench --whole --winograd": "--whole measures the eager projection",
     "bench --ledger --winograd": "--ledger counts direct convolutions: leave out --winograd",
+    "bench --whole --profile": "--profile is of a step that is timed: leave out --ledger and --whole",
     "bench --winograd": "winograd is an option of the inductor engine, not of eager: give both or leave it out",
     "bench --whole --preset dit-xl-2-256": "--whole measures the preset photos, not 'dit-xl-2-256'",
     "bench --engine onnx --precision bf16": "the onnx engine runs fp32 on the CPU, not bf16 on cpu",
