@@ -44,12 +44,13 @@ def test_python_example(name, code, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=300, env=environment)
 
 
-def test_every_operator_has_an_example_and_one_of_its_kernel():
+def test_every_operator_has_an_example_and_one_of_its_kernel_if_it_has_one():
     page = ROOT / "docs" / "operators.md"
     code = "\n".join(blocks(page, "python"))
+    kernels = "\n".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
     for name in set(ops.__all__) - {"BACKENDS", "backend"}:
         assert f"\n## {name}\n" in page.read_text()
-        assert re.search(rf"from sda_fast.kernels.\w+ import {name}\n", code)
+        assert re.search(rf"from sda_fast.kernels.\w+ import {name}\n", code) or f"def {name}(" not in kernels
         assert re.search(rf"from sda_fast.ops import .*{name}", code)
 
 

@@ -198,10 +198,11 @@ def test_without_a_compiler(tiny, tmp_path, monkeypatch):
     from torch._inductor import config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # failures are kept there
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(config, "force_disable_caches", True)
     step = ClassifierStep(load_classifier(tiny.resnet), 16)
-    with pytest.raises(SdaError, match="the inductor engine could not compile this step") as raised:
+    broken = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    message = "the inductor engine could not compile this step"
+    # Not by monkeypatch, which leaves these settings deleted behind it.
+    with config.patch(broken), pytest.raises(SdaError, match=message) as raised:
         create_engine("inductor").prepare(step, step.example(1))
     assert "\n" not in str(raised.value)
     assert "use --engine eager" in str(raised.value)
