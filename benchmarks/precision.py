@@ -22,6 +22,7 @@ from harness import ROOT
 from sda_fast import Projector
 from sda_fast.bench.measure import environment
 from sda_fast.data import CORRUPTIONS, corrupt, identity, to_uint8, to_unit
+from sda_fast.engines import create_engine
 from sda_fast.methods.ensembles import combine_scores
 from sda_fast.models import load_adm, load_classifier
 from sda_fast.photos.dataset import CLASSES, held_out_patches
@@ -65,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="inductor")
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--winograd", action="store_true", help="with the inductor engine's option of that name")
     parser.add_argument("--per-class", type=int, default=7, help="patches of each class and corruption")
     parser.add_argument("--corruption", action="append", help="this one alone; may be repeated")
     parser.add_argument("--batch", type=int, default=64)
@@ -73,10 +75,11 @@ def main() -> None:
 
     torch.set_num_threads(1)
     adm = load_adm(weights_path("photos:adm"))
-    fast = f"{given.engine} {given.precision}"
+    fast = f"{given.engine} {given.precision}{' winograd' if given.winograd else ''}"
+    engine = create_engine(given.engine, **({"winograd": True} if given.winograd else {}))
     projectors = {
         "eager fp32": Projector(adm, batch_size=given.batch),
-        fast: Projector(adm, engine=given.engine, precision=given.precision, batch_size=given.batch),
+        fast: Projector(adm, engine=engine, precision=given.precision, batch_size=given.batch),
     }
     images, labels, seeds = targets(given.per_class, given.corruption or list(CORRUPTIONS))
     begun = time.perf_counter()
@@ -90,6 +93,7 @@ def main() -> None:
         "benchmark": "precision",
         "engine": given.engine,
         "precision": given.precision,
+        "winograd": given.winograd,
         "images": len(images),
         "batch": given.batch,
         "images_per_second": {name: given.batch / statistics.median(times[:full]) for name, times in seconds.items()},
