@@ -35,27 +35,25 @@ def write_testbed(
             raise SdaError(f"corruption {name!r} is not known; choose from {', '.join(CORRUPTIONS)}")
     if not 1 <= severity <= 5:
         raise SdaError(f"--severity {severity} is out of range: 1 is the weakest, 5 the strongest")
-    patches = {label: held_out_patches(label, per_class) for label in CLASSES}
+    groups = [("clean", None), *((f"{name}/{severity}", name) for name in corruptions)]
+    patches = [
+        (f"{group}/{label}/{index:03d}", corruption, patch)
+        for label in CLASSES
+        for index, patch in enumerate(held_out_patches(label, per_class))
+        for group, corruption in groups
+    ]
     out = open_output(output, "photos", {"severity": severity, "corruptions_library": library_version()})
-    groups = ["clean", *(f"{name}/{severity}" for name in corruptions)]
-    keys = [f"{group}/{label}/{index:03d}" for group in groups for label in CLASSES for index in range(per_class)]
     if exactly:
-        _require_no_others(out, keys)
-    total = len(keys)
-    with progress(total, "writing patches", quiet) as reporter:
-        for label in CLASSES:
-            for index, patch in enumerate(patches[label]):
-                name = f"{label}/{index:03d}"
-                if not out.done(f"clean/{name}"):
-                    write_png(patch, out.path(f"clean/{name}"))
-                reporter.advance()
-                for corruption in corruptions:
-                    key = f"{corruption}/{severity}/{name}"
-                    if not out.done(key):
-                        write_png(corrupt(patch, corruption, severity, identity("corrupt", key)), out.path(key))
-                    reporter.advance()
+        _require_no_others(out, [key for key, _, _ in patches])
+    with progress(len(patches), "writing patches", quiet) as reporter:
+        for key, corruption, patch in patches:
+            if not out.done(key):
+                if corruption is not None:
+                    patch = corrupt(patch, corruption, severity, identity("corrupt", key))
+                write_png(patch, out.path(key))
+            reporter.advance()
     out.finish({"per_class": per_class, "corruptions": list(corruptions)})
-    return {"images": total, "output": str(output)}
+    return {"images": len(patches), "output": str(output)}
 
 
 def _require_no_others(out: Output, keys: Sequence[str]) -> None:
