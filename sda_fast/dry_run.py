@@ -71,16 +71,16 @@ class Rates:
             return None, "a classifier, of which bench measures nothing"
         wanted = {"step": step, "engine": settings.engine, "precision": settings.precision}
         changed = {name: getattr(settings, name, False) for name in ("phase_convolutions", "winograd")}
-        how = "".join(f", {name.replace('_', ' ')}" for name, chosen in changed.items() if chosen)
+        kinds = "".join(f", {name.replace('_', ' ')}" for name, chosen in changed.items() if chosen)
         for row in reversed(self._rows):
             same = all(row.get(name, False) == chosen for name, chosen in changed.items())
             if same and wanted.items() <= row.items() and row["preset"] in PRESETS:
                 kind, config = architecture(row["preset"])
                 if isinstance(model, kind) and _plain(config) == _plain(model.config):
                     threads = "" if row.get("cuda") else f", {row['threads']} thread(s)"
-                    how = f"{step} on {row['engine']} in {row['precision']}{how}, batch {row['batch']}"
+                    how = f"{step} on {row['engine']} in {row['precision']}{kinds}, batch {row['batch']}"
                     return row["tflop_per_s"], f"{row['tflop_per_s']:.4g} TFLOP/s, {how}, {row['device']}{threads}"
-        return None, f"{step} of this network on {settings.engine} in {settings.precision}{how}, of which no row is"
+        return None, f"{step} of this network on {settings.engine} in {settings.precision}{kinds}, of which no row is"
 
 
 def dry_run(config: RunConfig, rates: Rates) -> list[Planned]:

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from sda_fast.bench.measure import wait
 
 KERNELS = 20  # the rest is added up
 
@@ -20,8 +21,7 @@ def profile_kernels(call: Callable[[], Any], device: str) -> list[dict[str, Any]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities) as profiler:
         call()
-        if gpu:
-            torch.cuda.synchronize(device)
+        wait(device)
     found = [
         {"name": event.key, "calls": event.count, "seconds": _microseconds(event, gpu) / 1e6}
         for event in profiler.key_averages()

@@ -41,18 +41,19 @@ def backend(name: str) -> Iterator[None]:
 
 
 def select(
-    op: str, device: torch.device, versions: Sequence[str], too_large_for: Callable[[str], str] = lambda version: ""
+    op: str, device: torch.device, versions: Sequence[str], objection_to: Callable[[str], str] = lambda version: ""
 ) -> str:
     """The backend that runs `op` on `device`, out of its `versions` in order of preference.
 
-    too_large_for: why a version that runs on the device does not take the sizes at hand; empty if it does. It must not
-        look at the number of images, whose results would then depend on their batch.
+    objection_to: why a version whose backend runs on the device does not serve here, be it the sizes at hand or an
+        instruction that is missing; empty if it does. It must not look at the number of images, whose results would
+        then depend on their batch.
 
-    Raises SdaError if the version insisted on does not exist, does not run on the device or does not take the sizes.
+    Raises SdaError if the version insisted on does not exist, does not run on the device or does not serve here.
     """
 
     def reason_against(version: str) -> str:
-        return obstacle(version, device) or too_large_for(version)
+        return obstacle(version, device) or objection_to(version)
 
     name = _insisted or _known(os.environ.get(VARIABLE, ""), VARIABLE)
     if not name:
