@@ -267,7 +267,8 @@ void bind_group_norm_silu(py::module_& m) {
              }),
              py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("stride_scale"),
              py::arg("stride_shift"), py::arg("groups"), py::arg("silu"));
-    m.def("group_norm_silu_cpu_workspace", &sda::cpu::group_norm_silu_workspace, py::arg("where"));
+    m.def("group_norm_silu_cpu_workspace", &sda::cpu::group_norm_silu_workspace, py::arg("where"),
+          py::arg("threads"));
     m.def(
         "group_norm_silu_cpu",
         [](Address x, Address y, Address mean, Address rstd, int dtype, const NormLayout& where_x,

@@ -17,9 +17,9 @@ bool valid(const NormLayout& where, const NormParameters& p) {
 
 }  // namespace
 
-int64_t group_norm_silu_workspace(const NormLayout& where) {
+int64_t group_norm_silu_workspace(const NormLayout& where, int threads) {
     if (!channels_last(where) || where.images <= 0 || where.channels <= 0 || where.spatial <= 0) return 0;
-    return channels_last_floats(where) * static_cast<int64_t>(sizeof(float));
+    return channels_last_floats(where, threads) * static_cast<int64_t>(sizeof(float));
 }
 
 int group_norm_silu(const void* x, void* y, float* mean, float* rstd, int dtype, const NormLayout& where_x,

@@ -37,8 +37,9 @@ struct NormParameters {
     bool silu;
 };
 
-// Bytes of workspace, aligned for float32, that either function needs for images with this layout.
-int64_t group_norm_silu_workspace(const NormLayout& where);
+// Bytes of workspace, aligned for float32, that either function needs for images with this layout on as many
+// threads.
+int64_t group_norm_silu_workspace(const NormLayout& where, int threads);
 
 // Writes y and the statistics float32 [images, groups]. x and y have dtype code `dtype`, the same sizes and
 // the same kind of layout. The result does not depend on `threads`, nor an image's on the other ones.

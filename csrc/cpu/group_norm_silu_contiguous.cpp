@@ -121,7 +121,7 @@ void backward_contiguous(int dtype, const Input& dy, const Input& x, const Outpu
                 for_tiles(spatial, summed, [&](int64_t element, const Tile& tile, int64_t) {
                     const int64_t at = c * spatial + element;
                     add_sums(dtype, p.silu, read(dy, dtype, n, at, summed), read(x, dtype, n, at, summed),
-                             tile, lanes.view(), sums, moments);
+                             tile, lanes.view(), sums, moments, nullptr);
                 });
                 total += slope * fold(sums, summed);
                 moment += slope * fold(moments, summed);
@@ -134,7 +134,7 @@ void backward_contiguous(int dtype, const Input& dy, const Input& x, const Outpu
                 for_tiles(spatial, width, [&](int64_t element, const Tile& tile, int64_t) {
                     const int64_t at = c * spatial + element;
                     apply_gradient(dtype, p.silu, read(dy, dtype, n, at, width), read(x, dtype, n, at, width),
-                                   write(dx, dtype, n, at, width), tile, lanes.view());
+                                   nullptr, write(dx, dtype, n, at, width), tile, lanes.view());
                 });
             }
         }

@@ -70,9 +70,9 @@ void forward_contiguous(int dtype, const Input& x, const Output& y, const Statis
 void backward_contiguous(int dtype, const Input& dy, const Input& x, const Output& dx, const Statistics& s,
                          const NormParameters& p, int threads);
 
-// channels_last images: spans of pixels, two or three numbers per span and channel, coefficients per channel,
-// all of which lie in the workspace.
-int64_t channels_last_floats(const NormLayout& where);
+// channels_last images: rows of one or several pixels, spans of rows, two or three numbers per span and lane,
+// coefficients per lane and du of a small image for every thread, all of which lie in the workspace.
+int64_t channels_last_floats(const NormLayout& where, int threads);
 void forward_channels_last(int dtype, const Input& x, const Output& y, const Statistics& s,
                            const NormParameters& p, double eps, float* workspace, int threads);
 void backward_channels_last(int dtype, const Input& dy, const Input& x, const Output& dx, const Statistics& s,

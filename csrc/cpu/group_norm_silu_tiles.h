@@ -49,12 +49,13 @@ void merge_moments(int dtype, const Source& x, const Tile& tile, int64_t done, c
 void apply_norm(int dtype, bool silu, const Source& x, const Target& y, const Tile& tile,
                 const Coefficients& c);
 
-// Adds the sums of du and of du (x - mean) of every lane to those of the rows before.
+// Adds the sums of du and of du (x - mean) of every lane to those of the rows before. Writes du [rows,
+// lanes], unless null.
 void add_sums(int dtype, bool silu, const Source& dy, const Source& x, const Tile& tile,
-              const Coefficients& c, float* sum, float* moment);
+              const Coefficients& c, float* sum, float* moment, float* du);
 
-// dx of dy and x.
-void apply_gradient(int dtype, bool silu, const Source& dy, const Source& x, const Target& dx,
-                    const Tile& tile, const Coefficients& c);
+// dx of dy and x, and of du [rows, lanes] if not null.
+void apply_gradient(int dtype, bool silu, const Source& dy, const Source& x, const float* du,
+                    const Target& dx, const Tile& tile, const Coefficients& c);
 
 }  // namespace sda::cpu

@@ -89,8 +89,9 @@ def _forward(
     parameters, _alive = _parameters(vectors, groups, silu)
     addresses = (t.data_ptr() for t in (x, y, mean, rstd))
     layouts = (c.NormLayout(*where_x), c.NormLayout(*where_y))
-    workspace = x.new_empty(c.group_norm_silu_cpu_workspace(layouts[0]), dtype=torch.uint8)
-    rest = (eps, workspace.data_ptr(), torch.get_num_threads())
+    threads = torch.get_num_threads()
+    workspace = x.new_empty(c.group_norm_silu_cpu_workspace(layouts[0], threads), dtype=torch.uint8)
+    rest = (eps, workspace.data_ptr(), threads)
     c.group_norm_silu_cpu(*addresses, dtype_code(x.dtype), *layouts, parameters, *rest)
     return y, mean, rstd
 
@@ -144,8 +145,9 @@ def _backward(
     parameters, _alive = _parameters(vectors, groups, silu)
     addresses = (t.data_ptr() for t in (dy, x, dx, mean, rstd))
     where = [c.NormLayout(*layout) for layout in layouts]
-    workspace = x.new_empty(c.group_norm_silu_cpu_workspace(where[1]), dtype=torch.uint8)
-    rest = (workspace.data_ptr(), torch.get_num_threads())
+    threads = torch.get_num_threads()
+    workspace = x.new_empty(c.group_norm_silu_cpu_workspace(where[1], threads), dtype=torch.uint8)
+    rest = (workspace.data_ptr(), threads)
     c.group_norm_silu_backward_cpu(*addresses, dtype_code(x.dtype), *where, parameters, *rest)
     return dx
 

@@ -396,7 +396,7 @@ def test_writes_every_element_and_no_other(layout):
     parameters = _core.NormParameters(weight.data_ptr(), bias.data_ptr(), 0, 0, 0, 0, 4, True)
     layouts = [_core.NormLayout(*norm_layout(t, "t")) for t in (x, wide[::2])]
     pointers = [t.data_ptr() for t in (x, wide, mean, rstd)]
-    workspace = torch.full((_core.group_norm_silu_cpu_workspace(layouts[0]),), 255, dtype=torch.uint8)
+    workspace = torch.full((_core.group_norm_silu_cpu_workspace(layouts[0], 1),), 255, dtype=torch.uint8)
     assert (workspace.numel() == 0) == (layout == "contiguous")
     _core.group_norm_silu_cpu(*pointers, _core.float32, *layouts, parameters, 1e-5, workspace.data_ptr(), 1)
     assert torch.equal(wide[::2], group_norm_silu(x, weight, bias, 4))
