@@ -300,13 +300,14 @@ void bind_winograd_convolution(py::module_& m) {
     using sda::cpu::WinogradConvolution;
     py::class_<WinogradConvolution>(m, "WinogradConvolution")
         .def(py::init([](int64_t images, int64_t height, int64_t width, int64_t channels, int64_t kernels,
-                         Address x, int64_t x_stride_image, int64_t x_stride_row, int64_t x_stride_pixel,
-                         Address packed, Address bias, Address y) {
+                         int64_t columns, Address x, int64_t x_stride_image, int64_t x_stride_row,
+                         int64_t x_stride_pixel, Address packed, Address bias, Address y) {
                  return WinogradConvolution{images,
                                             height,
                                             width,
                                             channels,
                                             kernels,
+                                            columns,
                                             pointer<void>(x),
                                             x_stride_image,
                                             x_stride_row,
@@ -316,8 +317,9 @@ void bind_winograd_convolution(py::module_& m) {
                                             pointer<void>(y)};
              }),
              py::kw_only(), py::arg("images"), py::arg("height"), py::arg("width"), py::arg("channels"),
-             py::arg("kernels"), py::arg("x"), py::arg("x_stride_image"), py::arg("x_stride_row"),
-             py::arg("x_stride_pixel"), py::arg("packed"), py::arg("bias"), py::arg("y"));
+             py::arg("kernels"), py::arg("columns"), py::arg("x"), py::arg("x_stride_image"),
+             py::arg("x_stride_row"), py::arg("x_stride_pixel"), py::arg("packed"), py::arg("bias"),
+             py::arg("y"));
     m.def("winograd_convolution_cpu_runs", &sda::cpu::winograd_convolution_runs);
     m.def("winograd_convolution_cpu_workspace", &sda::cpu::winograd_convolution_workspace,
           py::arg("convolution"), py::arg("threads"));

@@ -158,6 +158,7 @@ class WinogradConvolution:
         width: int,
         channels: int,
         kernels: int,
+        columns: int,
         x: int,
         x_stride_image: int,
         x_stride_row: int,

@@ -14,13 +14,14 @@
 namespace sda::cpu {
 
 // Images are bfloat16 with their channels side by side, strides in elements. The kernels are G w G^T in
-// bfloat16, [kernels / 64, 16, channels / 2, 64, 2]: the last axis and the third make a channel.
+// bfloat16, [kernels / columns, 16, channels / 2, columns, 2]: the last axis and the third make a channel.
 struct WinogradConvolution {
     int64_t images;
     int64_t height;    // even
     int64_t width;     // even
     int64_t channels;  // a multiple of 16
-    int64_t kernels;   // a multiple of 64
+    int64_t kernels;   // a multiple of columns
+    int64_t columns;   // kernels computed at once, 32 or 64
     const void* x;
     int64_t x_stride_image;
     int64_t x_stride_row;

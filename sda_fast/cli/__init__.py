@@ -7,7 +7,9 @@ def main() -> None:
     import warnings
 
     from sda_fast.cli.app import run
+    from sda_fast.host_memory import keep_freed_memory
 
     if "--debug" not in sys.argv and not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries' advice to programmers
+    keep_freed_memory()
     run()

@@ -43,9 +43,11 @@ def bench(
         raise SdaError(f"engine {engine!r} is not known; choose one of {', '.join(ENGINES)}")
     if batch < 1 or repeats < 1:
         raise SdaError("--batch and --repeats must be at least 1")
-    changed = (ledger, unguided, phase_convolutions, winograd, weights, engine != "eager", precision != "fp32")
-    if whole and any(changed):
-        raise SdaError("--whole measures the eager projection of the shipped model in fp32: give only --batch with it")
+    if whole and any((ledger, unguided, phase_convolutions, weights)):
+        raise SdaError(
+            "--whole times projections by the shipped model: leave out --ledger, --unguided, --phase-convolutions and "
+            "--weights"
+        )
     if ledger and weights:
         raise SdaError("--ledger counts, which does not depend on weights: leave out --weights")
     if ledger and winograd:
@@ -54,19 +56,20 @@ def bench(
         raise SdaError("--profile is of a step that is timed: leave out --ledger and --whole")
     if winograd:
         with_winograd(engine)
+    settings: Any = {"engine": engine, "precision": precision}
+    options = {"winograd": True} if winograd else {}
     if whole:
-        row, text = bench_projection(preset, batch, repeats, device), _projection_text
+        row = bench_projection(preset, batch, repeats, device, **settings, options=options)
+        text = _projection_text
     else:
-        settings: Any = {"engine": engine, "precision": precision, "batch": batch, "guided": not unguided}
-        settings["phase_convolutions"] = phase_convolutions
+        settings |= {"batch": batch, "guided": not unguided, "phase_convolutions": phase_convolutions, "device": device}
         if ledger:
-            row, text = step_ledger(preset, **settings, device=device), _ledger_text
+            row, text = step_ledger(preset, **settings), _ledger_text
         else:
             model = load_model(preset, weights)
-            settings["options"] = {"winograd": True} if winograd else {}
-            settings["profile"] = profile
-            row, text = bench_step(model, preset, **settings, device=device, repeats=repeats), _step_text
+            row = bench_step(model, preset, **settings, repeats=repeats, options=options, profile=profile)
             row["weights"] = str(weights or ("shipped" if preset == "photos" else "random"))
+            text = _step_text
     if output is not None:
         _append(row, output)
     if "failed" in row:
@@ -85,10 +88,10 @@ def _append(row: dict[str, Any], path: Path) -> None:
 
 def _projection_text(row: dict[str, Any]) -> str:
     reference, ours = row["reference_seconds_per_image"], row["seconds_per_image"]
-    return (
-        f"published algorithm {reference:.3f} s/image, Projector {ours:.3f} s/image: {row['speedup']:.2f}x "
-        f"(parity: mean difference {row['parity_mean_abs']:.1e})"
-    )
+    text = f"published algorithm {reference:.3f} s/image, Projector {ours:.3f} s/image: {row['speedup']:.2f}x "
+    if "eager_seconds_per_image" in row:
+        text += f"(eager {row['eager_seconds_per_image']:.3f} s/image: {row['speedup_over_eager']:.2f}x) "
+    return text + f"(parity: mean difference {row['parity_mean_abs']:.1e} of {row['parity_bound']:.1e})"
 
 
 def _step_text(row: dict[str, Any]) -> str:

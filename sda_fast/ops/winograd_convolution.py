@@ -14,13 +14,14 @@ from sda_fast.ops._checks import check_device, check_dtype, check_shape
 from sda_fast.reference import winograd_convolution as plain
 
 VERSIONS = ("cpp", "plain")
-CHANNELS, KERNELS = 16, 64  # their numbers must be multiples of these
+CHANNELS, KERNELS = 16, 32  # their numbers must be multiples of these
+COLUMNS = (64, 32)  # kernels computed at once: the first that divides their number
 
 
 def pack_kernels(weight: Tensor) -> Tensor:
-    """What `winograd_convolution` takes for kernels weight [K, C, 3, 3], K a multiple of 64 and C of 16.
+    """What `winograd_convolution` takes for kernels weight [K, C, 3, 3], K a multiple of 32 and C of 16.
 
-    Returns G w G^T, bfloat16 [K / 64, 16, C / 2, 64, 2], computed in float64. Raises SdaError for another shape.
+    Returns G w G^T, bfloat16 [K / B, 16, C / 2, B, 2] with B = 64 or 32 (`COLUMNS`), computed in float64. Raises SdaError for another shape.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3) or weight.shape[0] % KERNELS or weight.shape[1] % CHANNELS:
         raise SdaError(
@@ -29,14 +30,15 @@ def pack_kernels(weight: Tensor) -> Tensor:
         )
     kernels, channels = weight.shape[:2]
     transformed = plain.transform_kernels(weight.double()).to(torch.bfloat16)
-    split = transformed.reshape(16, kernels // KERNELS, KERNELS, channels // 2, 2)
+    columns = next(columns for columns in COLUMNS if kernels % columns == 0)
+    split = transformed.reshape(16, kernels // columns, columns, channels // 2, 2)
     return split.permute(1, 0, 3, 2, 4).contiguous()
 
 
 def unpack_kernels(packed: Tensor) -> Tensor:
     """The [4, 4, K, C] of `reference.winograd_convolution` that was packed."""
-    blocks, _, pairs = packed.shape[:3]
-    return packed.permute(1, 0, 3, 2, 4).reshape(4, 4, blocks * KERNELS, 2 * pairs)
+    blocks, _, pairs, columns, _ = packed.shape
+    return packed.permute(1, 0, 3, 2, 4).reshape(4, 4, blocks * columns, 2 * pairs)
 
 
 def winograd_convolution(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,7 +49,7 @@ def winograd_convolution(x: Tensor, packed: Tensor, bias: Tensor | None = None) 
     Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016, section 4.1.
 
     x: bfloat16 [N, C, H, W], H and W even; channels_last, else it is copied.
-    packed: bfloat16 [K / 64, 16, C / 2, 64, 2]. bias: [K], float32 or bfloat16.
+    packed: bfloat16 [K / B, 16, C / 2, B, 2]. bias: [K], float32 or bfloat16.
     Returns bfloat16 [N, K, H, W], channels_last.
 
     The C++ version needs a processor with AVX512-BF16; elsewhere the plain one runs, slowly: see `runs`. An image's
@@ -84,6 +86,7 @@ def _convolution(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         width=width,
         channels=channels,
         kernels=y.shape[1],
+        columns=packed.shape[3],
         x=x.data_ptr(),
         x_stride_image=x.stride(0),
         x_stride_row=x.stride(2),
@@ -108,13 +111,14 @@ def _missing_instructions(version: str) -> str:
 
 
 def _empty_output(x: Tensor, packed: Tensor) -> Tensor:
-    shape: Any = (x.shape[0], packed.shape[0] * KERNELS, *x.shape[2:])
+    shape: Any = (x.shape[0], packed.shape[0] * packed.shape[3], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _check(x: Tensor, packed: Tensor, bias: Tensor | None) -> None:
     op = "winograd_convolution"
-    if packed.dim() != 5 or packed.shape[1] != 16 or packed.shape[3:] != (KERNELS, 2) or not packed.is_contiguous():
+    fits = packed.dim() == 5 and packed.shape[1] == 16 and packed.shape[3] in COLUMNS and packed.shape[4] == 2
+    if not fits or not packed.is_contiguous():
         raise SdaError(f"packed has shape {tuple(packed.shape)}; pass {op} what pack_kernels returned.")
     check_dtype(op, "packed", packed, torch.bfloat16)
     channels = 2 * packed.shape[2]
@@ -125,6 +129,6 @@ def _check(x: Tensor, packed: Tensor, bias: Tensor | None) -> None:
     check_dtype(op, "x", x, torch.bfloat16)
     check_device("packed", packed, x)
     if bias is not None:
-        check_shape(op, "bias", bias, (packed.shape[0] * KERNELS,))
+        check_shape(op, "bias", bias, (packed.shape[0] * packed.shape[3],))
         check_dtype(op, "bias", bias, torch.float32, torch.bfloat16)
         check_device("bias", bias, x)

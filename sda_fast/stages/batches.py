@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sda_fast.errors import SdaError
+from sda_fast.host_memory import keep_freed_memory
 from sda_fast.stages.progress import progress
 from sda_fast.stages.ranks import Ranks, ranks
 
@@ -150,6 +151,7 @@ def _ctrl_c_ignored() -> Iterator[None]:
 
 def _initialise(make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
     global _make
+    keep_freed_memory()
     torch.set_num_threads(1)
     _make = functools.partial(make, *arguments)
     threading.Thread(target=_end_with_parent, daemon=True).start()

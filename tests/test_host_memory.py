@@ -1,0 +1,59 @@
+"""Pages that a process frees are the next tensor's, and are not taken from the system again."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+PAGES = 2**26 // 4096  # of a tensor
+
+FAULTS = """
+import resource, sys, torch
+from sda_fast.host_memory import keep_freed_memory
+
+kept = keep_freed_memory() if sys.argv[1] == "keep" else None
+for _ in range(20):  # until the allocator has found a place for it
+    torch.zeros(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.zeros(2**24)
+print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 4)
+"""
+
+
+def faults(*arguments, **environment):
+    """What `keep_freed_memory` returned, and how many pages a tensor of 64 MiB took from the system."""
+    clean = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
+    run = [sys.executable, "-c", FAULTS, *arguments]
+    said = subprocess.run(run, env=clean | environment, capture_output=True, text=True, check=True)
+    kept, pages = said.stdout.split()
+    return kept, int(pages)
+
+
+@GLIBC
+def test_freed_memory_is_kept():
+    assert faults("leave")[1] >= PAGES / 2
+    kept, pages = faults("keep")
+    assert kept == "True"
+    assert pages <= PAGES / 100
+
+
+@GLIBC
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_what_the_user_set_stays(name):
+    value = "glibc.malloc.trim_threshold=131072" if name == "GLIBC_TUNABLES" else "131072"
+    kept, pages = faults("keep", **{name: value})
+    assert kept == "False"
+    assert pages >= PAGES / 2
+
+
+def test_another_library_is_left_alone(monkeypatch):
+    from sda_fast import host_memory
+
+    for name in ("MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: object())
+    assert not host_memory.keep_freed_memory()
