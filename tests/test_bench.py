@@ -42,6 +42,22 @@ def test_a_row_of_figures(small):
     assert row["threads"] >= 1
 
 
+def test_a_projection_on_another_engine(small):
+    row = bench.bench_projection("photos", 2, 1, "cpu", "onnx")
+    assert row["engine"] == "onnx"
+    assert row["parity_bound"] == projection.PARITY
+    ratio = row["eager_seconds_per_image"] / row["seconds_per_image"]
+    assert row["speedup_over_eager"] == pytest.approx(ratio)
+
+
+def test_a_projection_in_half_precision_is_held_to_autocast(small, monkeypatch):
+    row = bench.bench_projection("photos", 2, 1, "cpu", precision="bf16")
+    assert 0 < row["parity_mean_abs"] <= row["parity_bound"]
+    monkeypatch.setattr(projection, "HALF_FACTOR", 1e-3)
+    with pytest.raises(SdaError, match="differ by .* on average, more than .*: no time is reported"):
+        bench.bench_projection("photos", 2, 1, "cpu", precision="bf16")
+
+
 @pytest.mark.parametrize("break_it", ["limit", "result", "nan"])
 def test_no_figures_without_parity(small, monkeypatch, cli, break_it):
     project = projection.Projector.__call__
@@ -63,6 +79,13 @@ def test_wrong_options():
     for images, repeats in ((0, 1), (1, 0)):
         with pytest.raises(SdaError, match="must be at least 1"):
             bench.bench_projection("photos", images, repeats, "cpu")
+
+
+@pytest.mark.parametrize("option", [["--ledger"], ["--unguided"], ["--weights", "adm.pt"], ["--phase-convolutions"]])
+def test_what_a_whole_projection_does_not_take(cli, option):
+    said = cli("bench", "--whole", *option)
+    assert said.code == 2
+    assert "--whole times projections by the shipped model: leave out" in said.err
 
 
 def test_the_shipped_model(cli):

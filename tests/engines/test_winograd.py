@@ -38,6 +38,11 @@ def graph_of(step, images=2):
     return trace(step, example(step, images), channels_last=True)
 
 
+def pixels(node):
+    images, _, height, width = node.meta["val"].shape
+    return images * height * width
+
+
 def test_what_is_replaced(step):
     graph = graph_of(step)
     before = graph.graph.find_nodes(op="call_function", target=convolution)
@@ -46,12 +51,16 @@ def test_what_is_replaced(step):
     new = graph.graph.find_nodes(op="call_function", target=winograd)
     assert 0 < replaced == len(new) == len(before) - len(after)
     assert all(node.args[1].op == "get_attr" for node in new)  # packed when the graph is made, not in a run
-    assert all(node.args[0].meta["val"].shape[2] >= 16 for node in new)
+    assert all(pixels(node.args[0]) >= 256 for node in new)
     assert not graph.graph.find_nodes(op="call_function", target=pack_kernels)
     for node in after:
         images, (kernels, channels, *sides) = node.args[0].meta["val"], node.args[1].meta["val"].shape
-        too_small = images.shape[2] < 16
-        assert sides == [1, 1] or too_small or kernels % 64 or channels % 16 or images.dtype != torch.bfloat16
+        few = pixels(node.args[0]) < 256
+        assert sides == [1, 1] or few or kernels % 32 or channels % 16 or images.dtype != torch.bfloat16
+
+
+def test_more_images_are_more_pixels(step):
+    assert use_winograd(graph_of(step, 4)) > use_winograd(graph_of(step, 2))
 
 
 def test_nothing_is_replaced_in_float32(adm):
@@ -71,7 +80,6 @@ def test_rounding(adm, step):
         for name, a, b, e in zip(step.outputs, graph(*inputs), direct, exact, strict=True)
         if name != "squares"  # one number per image, which can be right by chance
     }
-    print(errors)
     for ours, before in errors.values():
         assert 0 < ours <= 1.5 * before
 
@@ -118,7 +126,7 @@ def test_where_it_is_refused(adm, step, monkeypatch):
 
 def test_a_network_without_such_convolutions_is_refused(tiny, monkeypatch):
     monkeypatch.setattr("sda_fast.engines.inductor.winograd_runs", lambda: True)
-    narrow = tiny.save("adm", "winograd_narrow", model_channels=32, channel_mult=[1], attention_resolutions=[])
-    step = UnguidedStep(load_adm(narrow), "bf16")
+    small = tiny.save("adm", "winograd_small", image_size=8, channel_mult=[1], attention_resolutions=[])
+    step = UnguidedStep(load_adm(small), "bf16")
     with pytest.raises(SdaError, match="winograd takes none of this network's convolutions: leave it out"):
         create_engine("inductor", winograd=True).prepare(step, step.example(1))

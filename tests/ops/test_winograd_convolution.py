@@ -13,7 +13,7 @@ from sda_fast.errors import SdaError
 from sda_fast.ops.winograd_convolution import pack_kernels, runs, unpack_kernels, winograd_convolution
 from sda_fast.reference import winograd_convolution as plain
 
-# (N, C, K, H, W): one to five tiles beside those that fill the registers, none, and several blocks
+# (N, C, K, H, W): one to eleven tiles beside those that fill the registers, none, several blocks, of several images
 SHAPES = [
     (1, 16, 64, 2, 2),
     (2, 32, 64, 2, 4),
@@ -22,6 +22,8 @@ SHAPES = [
     (1, 16, 64, 10, 2),
     (2, 256, 64, 16, 18),
     (1, 16, 192, 40, 64),
+    (3, 16, 32, 6, 10),
+    (40, 32, 96, 4, 4),
 ]
 
 COMPILED = pytest.mark.skipif(not runs(), reason="this processor has no AVX512-BF16 instructions")
@@ -186,7 +188,7 @@ def test_mistakes(message):
         winograd_convolution(**arguments)
 
 
-@pytest.mark.parametrize("shape", [(32, 16, 3, 3), (64, 8, 3, 3), (64, 16, 1, 1), (64, 16, 3)])
+@pytest.mark.parametrize("shape", [(48, 16, 3, 3), (64, 8, 3, 3), (64, 16, 1, 1), (64, 16, 3)])
 def test_kernels_that_do_not_fit(shape):
     with pytest.raises(SdaError, match="use conv2d for others"):
         pack_kernels(torch.zeros(shape))
