@@ -8,6 +8,7 @@ import sys
 import pytest
 
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+NAMES = ("MALLOC", "GLIBC_TUNABLES", "SDA_FAST_KEEP_MEMORY")
 PAGES = 2**26 // 4096  # of a tensor
 
 FAULTS = """
@@ -26,7 +27,7 @@ print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 4)
 
 def faults(*arguments, **environment):
     """What `keep_freed_memory` returned, and how many pages a tensor of 64 MiB took from the system."""
-    clean = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(NAMES)}
     run = [sys.executable, "-c", FAULTS, *arguments]
     said = subprocess.run(run, env=clean | environment, capture_output=True, text=True, check=True)
     kept, pages = said.stdout.split()
@@ -42,9 +43,15 @@ def test_freed_memory_is_kept():
 
 
 @GLIBC
-@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
-def test_what_the_user_set_stays(name):
-    value = "glibc.malloc.trim_threshold=131072" if name == "GLIBC_TUNABLES" else "131072"
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "131072"),
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072"),
+        ("SDA_FAST_KEEP_MEMORY", "0"),
+    ],
+)
+def test_what_the_user_set_stays(name, value):
     kept, pages = faults("keep", **{name: value})
     assert kept == "False"
     assert pages >= PAGES / 2
@@ -53,7 +60,7 @@ def test_what_the_user_set_stays(name):
 def test_another_library_is_left_alone(monkeypatch):
     from sda_fast import host_memory
 
-    for name in ("MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(NAMES)]:
+        monkeypatch.delenv(name)
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: object())
     assert not host_memory.keep_freed_memory()

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sda_fast import host_memory
+
 SOURCE = Path(__file__).parents[2]
 _COPIED = {"cpu": 2**27, "cuda": 2**31}  # bytes, several times what a cache holds
 _SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices multiplied
@@ -106,6 +108,7 @@ def environment(device: str, source: Path = SOURCE) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if gpu else _processor(),
         "threads": torch.get_num_threads(),
+        "freed_memory_kept": host_memory.kept,
         "torch": torch.__version__,
         "triton": getattr(sys.modules.get("triton"), "__version__", None),
         "cuda": torch.version.cuda if gpu else None,

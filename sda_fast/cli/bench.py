@@ -97,7 +97,8 @@ def _projection_text(row: dict[str, Any]) -> str:
 def _step_text(row: dict[str, Any]) -> str:
     peak = "not known" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.3f} GB"
     errors = ", ".join(f"{name} {p['error']:.1e} (of {p['bound']:.1e})" for name, p in row["parity"].items())
-    device = row["device"] if row["cuda"] else f"{row['device']}, {row['threads']} thread(s)"
+    kept = ", freed memory kept" if row["freed_memory_kept"] else ""
+    device = row["device"] if row["cuda"] else f"{row['device']}, {row['threads']} thread(s){kept}"
     share = f"{row['fraction_of_matmul']:.0%} of the {row['matmul_tflop_per_s']:.4g} of a matrix product"
     if row.get("winograd"):
         share = "counted as direct convolutions"
