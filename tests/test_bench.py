@@ -54,7 +54,7 @@ def test_a_projection_in_half_precision_is_held_to_autocast(small, monkeypatch):
     row = bench.bench_projection("photos", 2, 1, "cpu", precision="bf16")
     assert 0 < row["parity_mean_abs"] <= row["parity_bound"]
     monkeypatch.setattr(projection, "HALF_FACTOR", 1e-3)
-    with pytest.raises(SdaError, match="differ by .* on average, more than .*: no time is reported"):
+    with pytest.raises(SdaError, match=r"differ by .* on average, more than .*: no time is reported"):
         bench.bench_projection("photos", 2, 1, "cpu", precision="bf16")
 
 

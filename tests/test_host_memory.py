@@ -2,14 +2,24 @@
 
 import os
 import platform
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+from sda_fast import cli
+from sda_fast.stages import batches
+
 NAMES = ("MALLOC", "GLIBC_TUNABLES", "SDA_FAST_KEEP_MEMORY")
-PAGES = 2**26 // 4096  # of a tensor
+PAGES = 2**26 // resource.getpagesize()  # of a tensor
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+GLIBC = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or (HUGE.exists() and "[always]" in HUGE.read_text()),
+    reason="another C library, or pages of another size",
+)
 
 FAULTS = """
 import resource, sys, torch
@@ -64,3 +74,17 @@ def test_another_library_is_left_alone(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: object())
     assert not host_memory.keep_freed_memory()
+
+
+def test_who_keeps(monkeypatch):
+    called = []
+    monkeypatch.setattr("sda_fast.host_memory.keep_freed_memory", lambda: called.append("command"))
+    monkeypatch.setattr(batches, "keep_freed_memory", lambda: called.append("worker"))
+    monkeypatch.setattr(batches, "_make", None)
+    monkeypatch.setattr(sys, "argv", ["sda-fast", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    threads = torch.get_num_threads()
+    batches._initialise(lambda: None, ())
+    torch.set_num_threads(threads)
+    assert called == ["command", "worker"]

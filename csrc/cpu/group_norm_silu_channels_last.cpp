@@ -28,8 +28,8 @@ int64_t pixels_per_row(const NormLayout& where, bool dense) {
 
 // The layout with rows for pixels and lanes for channels.
 NormLayout in_rows(const NormLayout& where, int64_t pixels) {
-    return {where.images,       where.channels * pixels,       where.spatial / pixels,
-            where.stride_image, where.stride_channel / pixels, where.stride_spatial * pixels};
+    return {where.images,       where.channels * pixels, where.spatial / pixels,
+            where.stride_image, where.stride_channel,    where.stride_spatial * pixels};
 }
 
 // A few numbers of every lane for each span of each image.
@@ -67,8 +67,8 @@ class Partials {
     float* values_;
 };
 
-// Coefficients of every lane of every image, in memory for kLetters of them. A lane of channel c is every
-// `channels`th from c on.
+// Coefficients of every lane of every image, in memory for kLetters of them. Channel c has the lanes
+// c, c + channels, and so on.
 class LaneCoefficients {
   public:
     LaneCoefficients(const NormLayout& rows, int64_t channels, float* memory)
@@ -175,7 +175,7 @@ void forward_channels_last(int dtype, const Input& x, const Output& y, const Sta
     const int64_t pitch_x = rows_x.stride_spatial, pitch_y = rows_y.stride_spatial;
     const Partials partials(rows_x, 3, workspace);
     const LaneCoefficients coefficients(rows_x, channels, workspace + Partials::size_of(rows_x, 3));
-    const auto start = [&](int64_t n) { partials.clear(n); };
+    const auto start = [](int64_t) {};  // the first moments of a span begin its numbers
     const auto moments = [&](int64_t n, int64_t span, int64_t) {
         float* base = partials.number(0, n, span);
         float* offset = partials.number(1, n, span);

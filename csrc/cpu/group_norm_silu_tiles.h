@@ -1,6 +1,7 @@
 // The loops of group_norm_silu on the CPU. They see every layout as tiles of rows by lanes, lanes side by
-// side in memory, with one coefficient per lane. In channels_last a lane is a channel and a row a pixel; in
-// contiguous images a lane is any element of one channel, or of one group where only moments are taken.
+// side in memory, with one coefficient per lane. In channels_last a row is one or several pixels and a lane a
+// channel of one of them; in contiguous images a lane is any element of one channel, or of one group where
+// only moments are taken.
 #pragma once
 
 #include <cstdint>

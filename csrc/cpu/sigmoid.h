@@ -10,8 +10,8 @@
 
 namespace sda::cpu {
 
-// 1 / (1 + e^-u) within 2 ulp; zero below -88.4, where it would be less than 5e-39. For NaN some number: what
-// is multiplied by u is NaN then.
+// 1 / (1 + e^-u) within 3 ulp; zero below -88.37, where it would be less than 5e-39. For NaN some number:
+// what is multiplied by u is NaN then.
 SDA_INLINE float sigmoid(float u) {
     // x = -u between -87 and 89, by its bits: positive numbers order as integers, negative ones the other
     // way.

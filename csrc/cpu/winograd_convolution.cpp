@@ -229,11 +229,11 @@ SDA_AVX512_BF16 void transform_sums(const WinogradConvolution& c, const float* m
 void convolve_block(const WinogradConvolution& c, int64_t block, uint16_t* v, float* m) {
     const int64_t size = block_tiles(c), first = block * size, tiles = std::min(size, all_tiles(c) - first);
     transform_pixels(c, first, tiles, v);
+    const auto products = c.columns == 4 * kLanes ? multiply_all<6, 4> : multiply_all<12, 2>;
     for (int64_t kernel = 0; kernel < c.kernels; kernel += c.columns) {
         const uint16_t* u = static_cast<const uint16_t*>(c.packed) + kernel * kFrequencies * c.channels;
         for (int64_t f = 0; f < kFrequencies; ++f) {
-            const auto multiply = c.columns == 4 * kLanes ? multiply_all<6, 4> : multiply_all<12, 2>;
-            multiply(v + f * pixel_plane(c), u + f * c.channels * c.columns, c.channels, tiles,
+            products(v + f * pixel_plane(c), u + f * c.channels * c.columns, c.channels, tiles,
                      m + f * sum_plane(c));
         }
         transform_sums(c, m, first, tiles, kernel);

@@ -1,6 +1,5 @@
 """Times, memory and rates of this machine."""
 
-import ctypes
 import platform
 import statistics
 import subprocess
@@ -50,7 +49,7 @@ def host_peak(call: Callable[[], Any]) -> int | None:
     """Bytes of this process's memory at the worst moment of a call above what stood before; None where the system
     (Linux with the GNU C library) does not say."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that taking it again shows
+        host_memory.release_freed_memory()  # so that taking it again shows
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _status("VmRSS")
         call()

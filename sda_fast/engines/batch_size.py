@@ -7,6 +7,7 @@ import torch
 from sda_fast.engines.memory import needed_bytes
 from sda_fast.engines.steps import Step
 from sda_fast.errors import SdaError
+from sda_fast.host_memory import release_freed_memory
 
 # As CUDA, PyTorch on the CPU, the C++ library, cuDNN and cuBLAS, and ONNX Runtime's arena say it.
 _OUT_OF_MEMORY = (
@@ -27,6 +28,7 @@ def affordable_batch(step: Step, engine: str, processes: int = 1, most: int = 64
     if example[0].is_cuda:
         free, _ = torch.cuda.mem_get_info(example[0].device)
     else:
+        release_freed_memory()
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     batch = most
     while batch > 1 and batch * needed > 0.8 * free / processes:

@@ -8,12 +8,12 @@ from sda_fast.ops.winograd_convolution import CHANNELS, KERNELS, pack_kernels
 
 aten = torch.ops.aten
 ONCE, SAME = [1, 1], [1, 1]  # stride and dilation; padding
-FEWEST = 256  # pixels of all images; for fewer, reading the transformed kernels, 16 numbers for 9, takes the time
+SMALLEST = 16  # pixels on a side; for fewer, reading the transformed kernels, 16 numbers for 9, takes the time
 
 
 def use_winograd(graph: fx.GraphModule) -> int:
-    """Replaces those convolutions of `graph` that `winograd_convolution` takes, of at least FEWEST pixels, with
-    kernels packed into constants. Returns how many."""
+    """Replaces those convolutions of `graph` that `winograd_convolution` takes, of images of at least SMALLEST by
+    SMALLEST pixels, with kernels packed into constants. Returns how many."""
     found = [n for n in graph.graph.find_nodes(op="call_function", target=aten.convolution.default) if _fits(n)]
     for node in found:
         x, weight, bias, *_ = node.args
@@ -34,10 +34,10 @@ def _fits(convolution: fx.Node) -> bool:
     if weight.op != "get_attr" or (stride, padding, dilation, transposed, groups) != (ONCE, SAME, ONCE, False, 1):
         return False
     images, (kernels, channels, *sides) = x.meta["val"], weight.meta["val"].shape
-    batch, _, height, width = images.shape
+    height, width = images.shape[2:]
     return (
         images.dtype == torch.bfloat16
         and sides == [3, 3]
         and (kernels % KERNELS, channels % CHANNELS, height % 2, width % 2) == (0, 0, 0, 0)
-        and batch * height * width >= FEWEST
+        and min(height, width) >= SMALLEST
     )

@@ -21,9 +21,11 @@ COLUMNS = (64, 32)  # kernels computed at once: the first that divides their num
 def pack_kernels(weight: Tensor) -> Tensor:
     """What `winograd_convolution` takes for kernels weight [K, C, 3, 3], K a multiple of 32 and C of 16.
 
-    Returns G w G^T, bfloat16 [K / B, 16, C / 2, B, 2] with B = 64 or 32 (`COLUMNS`), computed in float64. Raises SdaError for another shape.
+    Returns G w G^T, bfloat16 [K / B, 16, C / 2, B, 2] with B = 64 or 32 (`COLUMNS`), computed in float64. Raises
+    SdaError for another shape.
     """
-    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or weight.shape[0] % KERNELS or weight.shape[1] % CHANNELS:
+    divides = weight.dim() == 4 and weight.shape[0] % KERNELS == weight.shape[1] % CHANNELS == 0
+    if not divides or weight.shape[2:] != (3, 3):
         raise SdaError(
             f"weight has shape {tuple(weight.shape)}; winograd_convolution takes [K, C, 3, 3] with K a multiple of "
             f"{KERNELS} and C of {CHANNELS}: use conv2d for others."

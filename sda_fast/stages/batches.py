@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sda_fast.errors import SdaError
-from sda_fast.host_memory import keep_freed_memory
+from sda_fast.host_memory import keep_freed_memory, release_freed_memory
 from sda_fast.stages.progress import progress
 from sda_fast.stages.ranks import Ranks, ranks
 
@@ -117,6 +117,7 @@ def _run(
         finally:
             torch.set_num_threads(threads)
         return
+    release_freed_memory()  # what this process used before is the workers'
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _initialise, (make, arguments))
     try:
         with _ctrl_c_ignored():

@@ -38,11 +38,6 @@ def graph_of(step, images=2):
     return trace(step, example(step, images), channels_last=True)
 
 
-def pixels(node):
-    images, _, height, width = node.meta["val"].shape
-    return images * height * width
-
-
 def test_what_is_replaced(step):
     graph = graph_of(step)
     before = graph.graph.find_nodes(op="call_function", target=convolution)
@@ -51,16 +46,12 @@ def test_what_is_replaced(step):
     new = graph.graph.find_nodes(op="call_function", target=winograd)
     assert 0 < replaced == len(new) == len(before) - len(after)
     assert all(node.args[1].op == "get_attr" for node in new)  # packed when the graph is made, not in a run
-    assert all(pixels(node.args[0]) >= 256 for node in new)
+    assert all(node.args[0].meta["val"].shape[2] >= 16 for node in new)
     assert not graph.graph.find_nodes(op="call_function", target=pack_kernels)
     for node in after:
         images, (kernels, channels, *sides) = node.args[0].meta["val"], node.args[1].meta["val"].shape
-        few = pixels(node.args[0]) < 256
-        assert sides == [1, 1] or few or kernels % 32 or channels % 16 or images.dtype != torch.bfloat16
-
-
-def test_more_images_are_more_pixels(step):
-    assert use_winograd(graph_of(step, 4)) > use_winograd(graph_of(step, 2))
+        too_small = images.shape[2] < 16
+        assert sides == [1, 1] or too_small or kernels % 32 or channels % 16 or images.dtype != torch.bfloat16
 
 
 def test_nothing_is_replaced_in_float32(adm):

@@ -27,6 +27,8 @@ CASES = [
     ((2, 64, 1, 1), 32),
     ((1, 6, 61, 47), 1),
     ((1, 640, 5, 3), 2),
+    ((1, 32, 128, 80), 32),
+    ((2, 64, 32, 32), 32),
 ]
 # (C, side) of every norm in the ADM of 256 x 256 pixels.
 ADM_SHAPES = [(256, side) for side in (64, 128, 256)] + [(512, side) for side in (16, 32, 64, 128, 256)]
@@ -328,7 +330,7 @@ def test_an_image_is_alone_in_the_world(backend, shape, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(5, 64, 40, 40), (1, 96, 75, 67)])
+@pytest.mark.parametrize("shape", [(5, 64, 40, 40), (1, 96, 75, 67), (5, 64, 32, 32)])
 def test_threads_do_not_matter(shape, layout):
     args = arguments(shape, 32, layout=layout)
     before, results = torch.get_num_threads(), []
@@ -347,6 +349,8 @@ def odd_views():
     """(name, x): views of larger tensors without a copy; images apart, channel slices, other ranks."""
     wide = torch.randn(4, 12, 6, 5, generator=torch.Generator().manual_seed(3))
     last = wide.contiguous(memory_format=torch.channels_last)
+    many = torch.randn(4, 12, 16, 8, generator=torch.Generator().manual_seed(4))
+    many = many.contiguous(memory_format=torch.channels_last)
     return {
         "apart": wide[::2, :8],
         "slice": wide[:, 4:],
@@ -356,6 +360,8 @@ def odd_views():
         "channels_last tokens": last.flatten(2),
         "vectors": wide[:, :, 0, 0].contiguous(),
         "volume": wide.unflatten(3, (5, 1)),
+        "channels_last slice of many pixels": many[:, 4:],
+        "many pixels": many,
     }
 
 

@@ -13,7 +13,7 @@ from sda_fast.errors import SdaError
 from sda_fast.ops.winograd_convolution import pack_kernels, runs, unpack_kernels, winograd_convolution
 from sda_fast.reference import winograd_convolution as plain
 
-# (N, C, K, H, W): one to eleven tiles beside those that fill the registers, none, several blocks, of several images
+# (N, C, K, H, W): some tiles beside those that fill the registers, none, several blocks, of several images
 SHAPES = [
     (1, 16, 64, 2, 2),
     (2, 32, 64, 2, 4),
@@ -76,6 +76,18 @@ def test_backends_agree(shape):
             other = winograd_convolution(x, packed, offset)
         torch.testing.assert_close(y, other, rtol=2**-7, atol=1e-5)
         assert (y != other).float().mean() <= 1e-2
+
+
+@COMPILED
+@pytest.mark.parametrize("kernels", [32, 64])
+def test_a_tile_does_not_depend_on_how_many_there_are(kernels):
+    x, weight, _ = tensors((13, 16, kernels, 2, 2))
+    packed = pack_kernels(weight)
+    every = winograd_convolution(x, packed)
+    with ops.backend("plain"):
+        torch.testing.assert_close(every, winograd_convolution(x, packed), rtol=2**-7, atol=1e-5)
+    for images in range(1, 13):
+        assert torch.equal(winograd_convolution(x[:images], packed), every[:images])
 
 
 @COMPILED
