@@ -22,7 +22,8 @@ def keep_freed_memory() -> bool:
     MALLOC_MMAP_MAX_, MALLOC_TOP_PAD_ or GLIBC_TUNABLES already tell the allocator what to do.
     """
     global kept
-    users = any(name in os.environ for name in _USERS) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    users = any(name in os.environ for name in _USERS) or "malloc" in tunables
     if users or os.environ.get("SDA_FAST_KEEP_MEMORY") == "0":
         return kept
     with contextlib.suppress(OSError, TypeError, AttributeError):  # no such library or function: another system
