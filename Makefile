@@ -80,6 +80,7 @@ gpu-%-test:
 
 gpu-projection-bench:
 	$(PYTHON) -P -m sda_fast bench --whole --batch $(if $(TINY),1 --repeats 1,10) --device $(DEVICE) --json > $(OUT)/bench.json
+	$(PYTHON) -P -m sda_fast bench --whole --engine inductor --precision bf16 --batch $(if $(TINY),1 --repeats 1,40) --device $(DEVICE) --json > $(OUT)/bench-inductor.json
 
 gpu-data-bench:
 	$(PYTHON) benchmarks/decode.py --device $(DEVICE) $(if $(TINY),--images 32 --repeats 1) --output $(OUT)
