@@ -18,7 +18,7 @@ PARTS_engines := engines-test engines-adm engines-dit
 PARTS_all := all-test projection-bench ops-bench ops-sanitize engines-adm engines-dit data-bench data-pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench gpu gpu-install gpu-projection-bench gpu-ops-bench gpu-ops-sanitize gpu-engines-adm gpu-engines-dit gpu-data-bench gpu-data-pipeline clean
+.PHONY: help venv demo test lint bench gpu gpu-install gpu-projection-bench gpu-projection-eager gpu-projection-inductor gpu-ops-bench gpu-ops-sanitize gpu-engines-adm gpu-engines-dit gpu-data-bench gpu-data-pipeline clean
 
 help:
 	@echo "make demo   both stages of SDA on real photographs: table, pictures, HTML report"
@@ -60,7 +60,7 @@ run_benchmarks = status=0; for script in benchmarks/bench_*.py; do $(1) $$script
 
 bench: venv
 	@rm -f build/bench/*.jsonl
-	$(BIN)/sda-fast bench --whole --batch 10
+	$(BIN)/sda-fast bench --whole
 	@$(call run_benchmarks,$(BIN)/python,--repeats 10 --seconds 3 --output build/bench)
 	@$(BIN)/python benchmarks/plot.py build/bench
 
@@ -78,9 +78,13 @@ endif
 gpu-%-test:
 	$(PYTHON) -P -m pytest -m gpu tests/$(filter-out all,$*)
 
-gpu-projection-bench:
-	$(PYTHON) -P -m sda_fast bench --whole --batch $(if $(TINY),1 --repeats 1,10) --device $(DEVICE) --json > $(OUT)/bench.json
-	$(PYTHON) -P -m sda_fast bench --whole --engine inductor --precision bf16 --batch $(if $(TINY),1 --repeats 1,40) --device $(DEVICE) --json > $(OUT)/bench-inductor.json
+# Two targets, so that the second runs where the first fails.
+gpu-projection-bench: gpu-projection-eager gpu-projection-inductor
+
+gpu-projection-eager gpu-projection-inductor: gpu-projection-%:
+	$(PYTHON) -P -m sda_fast bench --whole $(PROJECTION_$*) $(if $(TINY),--batch 2 --repeats 1) --device $(DEVICE) --json > $(OUT)/projection-$*.json
+
+PROJECTION_inductor = --engine inductor --precision bf16 --batch 40
 
 gpu-data-bench:
 	$(PYTHON) benchmarks/decode.py --device $(DEVICE) $(if $(TINY),--images 32 --repeats 1) --output $(OUT)

@@ -38,8 +38,10 @@ def bench_projection(
     """
     if preset != "photos":
         raise SdaError(f"--whole measures the preset photos, not {preset!r}: leave out one of the two")
-    if images < 1 or repeats < 1:
-        raise SdaError("--batch and --repeats must be at least 1")
+    if images < 2:  # alone, an image's steps under guidance amplify rounding: the published code differs from itself
+        raise SdaError(f"--whole compares results, which takes two images at least: --batch {images} is too small")
+    if repeats < 1:
+        raise SdaError("--repeats must be at least 1")
     adm = load_adm(weights_path("photos:adm")).to(device)
     generator = torch.Generator().manual_seed(0)
     size = adm.image_size

@@ -16,7 +16,7 @@ def bench(
     preset: Annotated[str, typer.Option(help="photos, adm-256-uncond or dit-xl-2-256.")] = "photos",
     engine: Annotated[str, typer.Option(help="How the step runs: eager, inductor, onnx or trt.")] = "eager",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
-    batch: Annotated[int, typer.Option(help="Images per run.")] = 1,
+    batch: Annotated[int | None, typer.Option(help="Images per run [1; --whole: 10].")] = None,
     repeats: Annotated[int, typer.Option(help="Measurements of each side, in turn.")] = 3,
     weights: Annotated[Path | None, typer.Option(help="Checkpoint [photos: the shipped one; others: random].")] = None,
     unguided: Annotated[bool, typer.Option("--unguided", help="The ADM's forward pass alone.")] = False,
@@ -41,6 +41,8 @@ def bench(
     dtype_of(precision)
     if engine not in ENGINES:
         raise SdaError(f"engine {engine!r} is not known; choose one of {', '.join(ENGINES)}")
+    if batch is None:
+        batch = 10 if whole else 1
     if batch < 1 or repeats < 1:
         raise SdaError("--batch and --repeats must be at least 1")
     if whole and any((ledger, unguided, phase_convolutions, weights)):
