@@ -254,19 +254,20 @@ void bind_group_norm_silu(py::module_& m) {
              py::arg("images"), py::arg("channels"), py::arg("spatial"), py::arg("stride_image"),
              py::arg("stride_channel"), py::arg("stride_spatial"));
     py::class_<NormParameters>(m, "NormParameters")
-        .def(py::init([](Address weight, Address bias, Address scale, Address shift, int64_t stride_scale,
-                         int64_t stride_shift, int64_t groups, bool silu) {
+        .def(py::init([](Address weight, Address bias, Address scale, Address shift, Address x_bias,
+                         int64_t stride_scale, int64_t stride_shift, int64_t groups, bool silu) {
                  return NormParameters{pointer<float>(weight),
                                        pointer<float>(bias),
                                        pointer<float>(scale),
                                        pointer<float>(shift),
+                                       pointer<float>(x_bias),
                                        stride_scale,
                                        stride_shift,
                                        groups,
                                        silu};
              }),
-             py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("stride_scale"),
-             py::arg("stride_shift"), py::arg("groups"), py::arg("silu"));
+             py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("x_bias"),
+             py::arg("stride_scale"), py::arg("stride_shift"), py::arg("groups"), py::arg("silu"));
     m.def("group_norm_silu_cpu_workspace", &sda::cpu::group_norm_silu_workspace, py::arg("where"),
           py::arg("threads"));
     m.def(
@@ -283,17 +284,19 @@ void bind_group_norm_silu(py::module_& m) {
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "group_norm_silu_backward_cpu",
-        [](Address dy, Address x, Address dx, Address mean, Address rstd, int dtype,
+        [](Address dy, Address x, Address dx, Address residual, Address mean, Address rstd, int dtype,
            const NormLayout& where_dy, const NormLayout& where_x, const NormLayout& where_dx,
-           const NormParameters& parameters, Address workspace, int threads) {
-            check(sda::cpu::group_norm_silu_backward(pointer<void>(dy), pointer<void>(x), pointer<void>(dx),
-                                                     pointer<float>(mean), pointer<float>(rstd), dtype,
-                                                     where_dy, where_x, where_dx, parameters,
-                                                     pointer<void>(workspace), threads));
+           const NormLayout& where_residual, const NormParameters& parameters, Address workspace,
+           int threads) {
+            check(sda::cpu::group_norm_silu_backward(
+                pointer<void>(dy), pointer<void>(x), pointer<void>(dx), pointer<void>(residual),
+                pointer<float>(mean), pointer<float>(rstd), dtype, where_dy, where_x, where_dx,
+                where_residual, parameters, pointer<void>(workspace), threads));
         },
-        py::arg("dy"), py::arg("x"), py::arg("dx"), py::arg("mean"), py::arg("rstd"), py::arg("dtype"),
-        py::arg("where_dy"), py::arg("where_x"), py::arg("where_dx"), py::arg("parameters"),
-        py::arg("workspace"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+        py::arg("dy"), py::arg("x"), py::arg("dx"), py::arg("residual"), py::arg("mean"), py::arg("rstd"),
+        py::arg("dtype"), py::arg("where_dy"), py::arg("where_x"), py::arg("where_dx"),
+        py::arg("where_residual"), py::arg("parameters"), py::arg("workspace"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_winograd_convolution(py::module_& m) {

@@ -3,6 +3,7 @@
     u = (x - mean) A + B,   A = rstd weight (1 + scale),   B = bias (1 + scale) + shift,   y = u sigmoid(u)
 
 Shapes: x, y [N, C, S], contiguous or channels_last, mean, rstd float32 [N, groups]. Bytes moved: x twice and y once.
+Where there is an x_bias, x stands for x + x_bias, computed in float32 and never stored.
 Source: Wu and He, "Group normalization", 2018, equations 1 to 3; scale and shift as in Dhariwal and Nichol, 2021,
 section 3.1.
 
@@ -31,8 +32,9 @@ MERGE_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}  # of the kernels tha
 # possible.
 NUMBERS = ["spatial", "splits", "per_split", "slots", "eps", "pitch_dy", "pitch_x", "pitch_y", "pitch_dx"]
 NUMBERS += ["stride_dy", "stride_x", "stride_y", "stride_dx", "stride_scale", "stride_shift"]
-POINTERS = ["p_dy", "p_x", "p_y", "p_dx", "p_parts", "p_pull", "p_drift", "p_mean", "p_rstd"]
-POINTERS += ["p_weight", "p_bias", "p_scale", "p_shift"]
+NUMBERS += ["pitch_residual", "stride_residual"]
+POINTERS = ["p_dy", "p_x", "p_y", "p_dx", "p_residual", "p_parts", "p_pull", "p_drift", "p_mean", "p_rstd"]
+POINTERS += ["p_weight", "p_bias", "p_scale", "p_shift", "p_x_bias"]
 jit = triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 
 
@@ -106,6 +108,21 @@ def image_of(p, i_image, stride_image, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def raise_of(p_x_bias, channel, m_channel):
+    """x_bias of every channel, float32; zero for padding."""
+    return tl.load(p_x_bias + channel, mask=m_channel, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_x(p, mask, raised):
+    """A tile of x, raised by x_bias unless that is None, float32; meaningless where the mask is not set."""
+    b_x = tl.load(p, mask=mask, other=0.0).to(tl.float32)
+    if raised is not None:
+        b_x = b_x + raised
+    return b_x
+
+
+@triton.jit
 def sum_groups(tile, CHANNELS_LAST: tl.constexpr, IN_BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
     """The sums over the groups of a tile, float32 [IN_BLOCK]."""
     channels = tl.sum(tile, axis=0 if CHANNELS_LAST else 1)
@@ -148,6 +165,7 @@ def affine_of(
 @jit
 def moments_kernel(
     p_x,
+    p_x_bias,
     p_parts,
     spatial,
     splits,
@@ -177,11 +195,15 @@ def moments_kernel(
     if PARTS > 1:
         members = tl.minimum(BLOCK_C, SIZE - i_block % PARTS * BLOCK_C)
 
+    raised = None
+    if p_x_bias is not None:
+        raised = across(raise_of(p_x_bias, channel, m_channel), CHANNELS_LAST)
+
     within = tl.arange(0, BLOCK_S)
     position = first + within
     m_tile = m_channels & across(within < rows, not CHANNELS_LAST)
     o_tile = offsets_of(channel, position, pitch_x, CHANNELS_LAST, VECTOR)
-    b_x = tl.load(p_image + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+    b_x = tl.where(m_tile, load_x(p_image + o_tile, m_tile, raised), 0.0)
     pivot = sum_groups(b_x, CHANNELS_LAST, IN_BLOCK, BLOCK_C) / (members * tl.minimum(rows, BLOCK_S)).to(tl.float32)
     by_channel = tl.broadcast_to(pivot[:, None], (IN_BLOCK, BLOCK_C // IN_BLOCK))
     pivots = across(tl.reshape(by_channel, (BLOCK_C,)), CHANNELS_LAST)
@@ -191,8 +213,7 @@ def moments_kernel(
         position = first + start + within
         m_tile = m_channels & across(start + within < rows, not CHANNELS_LAST)
         o_tile = offsets_of(channel, position, pitch_x, CHANNELS_LAST, VECTOR)
-        b_x = tl.load(p_image + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-        d = tl.where(m_tile, b_x - pivots, 0.0)
+        d = tl.where(m_tile, load_x(p_image + o_tile, m_tile, raised) - pivots, 0.0)
         sums += d
         squares += d * d
 
@@ -251,6 +272,7 @@ def apply_kernel(
     p_bias,
     p_scale,
     p_shift,
+    p_x_bias,
     spatial,
     splits,
     per_split,
@@ -287,6 +309,9 @@ def apply_kernel(
         m_channel,
         GROUPS,
     )
+    raised = None
+    if p_x_bias is not None:
+        raised = across(raise_of(p_x_bias, channel, m_channel), CHANNELS_LAST)
     p_from = image_of(p_x, i_image, stride_x, VECTOR)
     p_to = image_of(p_y, i_image, stride_y, VECTOR)
     first, rows = split_of(i_split, per_split, spatial, CHANNELS_LAST, VECTOR)
@@ -296,7 +321,7 @@ def apply_kernel(
         m_tile = across(m_channel, CHANNELS_LAST) & across(start + within < rows, not CHANNELS_LAST)
         o_x = offsets_of(channel, position, pitch_x, CHANNELS_LAST, VECTOR)
         o_y = offsets_of(channel, position, pitch_y, CHANNELS_LAST, VECTOR)
-        b_x = tl.load(p_from + o_x, mask=m_tile, other=0.0).to(tl.float32)
+        b_x = load_x(p_from + o_x, m_tile, raised)
         u = (b_x - across(mean, CHANNELS_LAST)) * across(slope, CHANNELS_LAST) + across(offset, CHANNELS_LAST)
         if SILU:
             u = u / (1.0 + tl.exp(-u))
@@ -346,6 +371,7 @@ def group_norm_silu(
     bias: torch.Tensor,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
     *,
     eps: float,
     silu: bool,
@@ -362,7 +388,7 @@ def group_norm_silu(
     slots = cut.splits * cut.parts
     parts = torch.empty(images, slots, 2, groups, dtype=torch.float32, device=x.device)
     grid, split = (images * cut.splits * cut.blocks,), (spatial, cut.splits, cut.per_split)
-    moments_kernel[grid](x, parts, *split, stride_x, pitch_x, **constants, **options)
+    moments_kernel[grid](x, x_bias, parts, *split, stride_x, pitch_x, **constants, **options)
     finish = {name: constants[name] for name in ("GROUPS", "SIZE", "PARTS", "BLOCK_C")}
     finish_moments_kernel[(images * groups,)](
         parts,
@@ -377,7 +403,7 @@ def group_norm_silu(
         **MERGE_OPTIONS,
     )
     rows = [0 if p is None else p.stride(0) for p in (scale, shift)]
-    vectors = (mean, rstd, weight, bias, scale, shift)
+    vectors = (mean, rstd, weight, bias, scale, shift, x_bias)
     apply_kernel[grid](
         x, y, *vectors, *split, stride_x, stride_y, pitch_x, pitch_y, *rows, SILU=silu, **constants, **options
     )
@@ -444,10 +470,16 @@ def compilations_of(
         constants = constants_of(cut, groups, channels // groups, channels_last)
         constants |= {"SILU": True, "SLOTS": triton.next_power_of_2(cut.splits * cut.parts)}
         types = dict.fromkeys(NUMBERS, "i32") | {"eps": "fp32"} | dict.fromkeys(POINTERS, "*fp32")
-        types |= dict.fromkeys(("p_dy", "p_x", "p_y", "p_dx", "p_scale", "p_shift"), f"*{element}")
+        types |= dict.fromkeys(
+            ("p_dy", "p_x", "p_y", "p_dx", "p_residual", "p_scale", "p_shift", "p_x_bias"), f"*{element}"
+        )
         for kernel in kernels:
             if "SLOTS" in kernel.arg_names and spatial != 256**2:
                 continue  # the kernels that merge slots do not depend on the layout
-            chosen = {name: value for name, value in constants.items() if name in kernel.arg_names}
-            signature = {name: types[name] for name in kernel.arg_names if name not in chosen}
-            yield kernel, signature, chosen, MERGE_OPTIONS if "SLOTS" in chosen else options_of(cut)
+            options = MERGE_OPTIONS if "SLOTS" in kernel.arg_names else options_of(cut)
+            optional = [name for name in ("p_x_bias", "p_residual") if name in kernel.arg_names]
+            for absent in ([], optional) if optional else ([],):
+                every = constants | dict.fromkeys(absent)
+                chosen = {name: value for name, value in every.items() if name in kernel.arg_names}
+                signature = {name: types[name] for name in kernel.arg_names if name not in chosen}
+                yield kernel, signature, chosen, options

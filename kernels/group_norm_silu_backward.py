@@ -3,12 +3,13 @@
     dx = A du + K (x - mean) + M,   du = dy sigmoid(u) (1 + u (1 - sigmoid(u)))
     K  = -rstd^2 / m  sum A du (x - mean),   M = -1 / m  sum A du
 
-with u and A of `group_norm_silu` and the sums over the m elements of a group. u is computed anew from x and the
-statistics, twice. Shapes: dy, x, dx [N, C, S], contiguous or channels_last, mean, rstd, K, M float32 [N, groups]. Bytes
-moved: dy and x twice, dx once. Source: the chain rule for Wu and He, "Group normalization", 2018, equations 1 to 3.
+with u, A and x of `group_norm_silu` and the sums over the m elements of a group; plus a residual, if there is one. u is
+computed anew from x and the statistics, twice. Shapes: dy, x, dx, residual [N, C, S], contiguous or channels_last,
+mean, rstd, K, M float32 [N, groups]. Bytes moved: dy and x twice, dx and residual once. Source: the chain rule for Wu
+and He, "Group normalization", 2018, equations 1 to 3.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from sda_fast.kernels.group_norm_silu import (
     cut_of,
     image_of,
     jit,
+    load_x,
     offsets_of,
     options_of,
     place_of,
+    raise_of,
     split_of,
     strides_of,
     sum_groups,
@@ -56,6 +59,7 @@ def sums_kernel(
     p_bias,
     p_scale,
     p_shift,
+    p_x_bias,
     spatial,
     splits,
     per_split,
@@ -93,6 +97,9 @@ def sums_kernel(
         m_channel,
         GROUPS,
     )
+    raised = None
+    if p_x_bias is not None:
+        raised = across(raise_of(p_x_bias, channel, m_channel), CHANNELS_LAST)
     p_cotangent = image_of(p_dy, i_image, stride_dy, VECTOR)
     p_from = image_of(p_x, i_image, stride_x, VECTOR)
     first, rows = split_of(i_split, per_split, spatial, CHANNELS_LAST, VECTOR)
@@ -108,7 +115,7 @@ def sums_kernel(
         o_dy = offsets_of(channel, position, pitch_dy, CHANNELS_LAST, VECTOR)
         o_x = offsets_of(channel, position, pitch_x, CHANNELS_LAST, VECTOR)
         b_dy = tl.load(p_cotangent + o_dy, mask=m_tile, other=0.0).to(tl.float32)
-        b_x = tl.load(p_from + o_x, mask=m_tile, other=0.0).to(tl.float32)
+        b_x = load_x(p_from + o_x, m_tile, raised)
         d = b_x - across(mean, CHANNELS_LAST)
         du = through_silu(b_dy, d * across(slope, CHANNELS_LAST) + across(offset, CHANNELS_LAST), SILU)
         du = du * across(slope, CHANNELS_LAST)  # zero where the mask is: dy is zero there
@@ -149,6 +156,7 @@ def gradient_kernel(
     p_dy,
     p_x,
     p_dx,
+    p_residual,
     p_pull,
     p_drift,
     p_mean,
@@ -157,15 +165,18 @@ def gradient_kernel(
     p_bias,
     p_scale,
     p_shift,
+    p_x_bias,
     spatial,
     splits,
     per_split,
     stride_dy,
     stride_x,
     stride_dx,
+    stride_residual,
     pitch_dy,
     pitch_x,
     pitch_dx,
+    pitch_residual,
     stride_scale,
     stride_shift,
     GROUPS: tl.constexpr,
@@ -177,7 +188,7 @@ def gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """dx of one split of a block of channels."""
+    """dx, plus the residual, of one split of a block of channels."""
     i_block, i_split, i_image = place_of(splits, GROUPS, SIZE, PARTS, BLOCK_C)
     channel, i_group, m_channel = channels_of(i_block, GROUPS, SIZE, PARTS, BLOCK_C)
     mean, slope, offset = affine_of(
@@ -198,9 +209,14 @@ def gradient_kernel(
     o_group = i_image * GROUPS + i_group
     pull = tl.load(p_pull + o_group, mask=m_channel, other=0.0)
     drift = tl.load(p_drift + o_group, mask=m_channel, other=0.0)
+    raised = None
+    if p_x_bias is not None:
+        raised = across(raise_of(p_x_bias, channel, m_channel), CHANNELS_LAST)
     p_cotangent = image_of(p_dy, i_image, stride_dy, VECTOR)
     p_from = image_of(p_x, i_image, stride_x, VECTOR)
     p_to = image_of(p_dx, i_image, stride_dx, VECTOR)
+    if p_residual is not None:
+        p_added = image_of(p_residual, i_image, stride_residual, VECTOR)
     first, rows = split_of(i_split, per_split, spatial, CHANNELS_LAST, VECTOR)
     within = tl.arange(0, BLOCK_S)
     for start in range(0, rows, BLOCK_S):
@@ -210,10 +226,13 @@ def gradient_kernel(
         o_x = offsets_of(channel, position, pitch_x, CHANNELS_LAST, VECTOR)
         o_dx = offsets_of(channel, position, pitch_dx, CHANNELS_LAST, VECTOR)
         b_dy = tl.load(p_cotangent + o_dy, mask=m_tile, other=0.0).to(tl.float32)
-        b_x = tl.load(p_from + o_x, mask=m_tile, other=0.0).to(tl.float32)
+        b_x = load_x(p_from + o_x, m_tile, raised)
         d = b_x - across(mean, CHANNELS_LAST)
         du = through_silu(b_dy, d * across(slope, CHANNELS_LAST) + across(offset, CHANNELS_LAST), SILU)
         b_dx = across(slope, CHANNELS_LAST) * du + (across(pull, CHANNELS_LAST) * d + across(drift, CHANNELS_LAST))
+        if p_residual is not None:
+            o_added = offsets_of(channel, position, pitch_residual, CHANNELS_LAST, VECTOR)
+            b_dx += tl.load(p_added + o_added, mask=m_tile, other=0.0).to(tl.float32)
         tl.store(p_to + o_dx, b_dx.to(p_dx.dtype.element_ty), mask=m_tile)
 
 
@@ -221,34 +240,41 @@ def group_norm_silu_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
     dx: torch.Tensor,
+    residual: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
     *,
     silu: bool,
-    layouts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    layouts: Sequence[tuple[int, ...]],
 ) -> None:
-    """Writes dx; `layouts` are those of dy, x and dx."""
+    """Writes dx; `layouts` are those of dy, x, dx and residual, the last one of no matter if there is none."""
     cut, constants = cut_of(layouts[1], mean, x, TILE)
     dy, stride_dy, pitch_dy = aligned(dy, layouts[0], cut)
     x, stride_x, pitch_x = aligned(x, layouts[1], cut)
     dx, stride_dx, pitch_dx = strides_of(dx, layouts[2])
+    stride_residual = pitch_residual = 0
+    if residual is not None:
+        residual, stride_residual, pitch_residual = aligned(residual, layouts[3], cut)
     images, spatial, groups, options = len(mean), layouts[1][2], mean.shape[1], options_of(cut)
     slots = cut.splits * cut.parts
     parts = torch.empty(images, slots, 2, groups, dtype=torch.float32, device=x.device)
     pull, drift = torch.empty_like(mean), torch.empty_like(mean)
     grid, split = (images * cut.splits * cut.blocks,), (spatial, cut.splits, cut.per_split)
     rows = [0 if p is None else p.stride(0) for p in (scale, shift)]
-    vectors = (mean, rstd, weight, bias, scale, shift)
+    vectors = (mean, rstd, weight, bias, scale, shift, x_bias)
     places = (stride_dy, stride_x, pitch_dy, pitch_x, *rows)
     sums_kernel[grid](dy, x, parts, *vectors, *split, *places, SILU=silu, **constants, **options)
     finish = {"GROUPS": groups, "SIZE": constants["SIZE"], "SLOTS": triton.next_power_of_2(slots)}
     finish_sums_kernel[(images * groups,)](parts, rstd, pull, drift, spatial, slots, **finish, **MERGE_OPTIONS)
-    places = (stride_dy, stride_x, stride_dx, pitch_dy, pitch_x, pitch_dx, *rows)
-    gradient_kernel[grid](dy, x, dx, pull, drift, *vectors, *split, *places, SILU=silu, **constants, **options)
+    places = (stride_dy, stride_x, stride_dx, stride_residual, pitch_dy, pitch_x, pitch_dx, pitch_residual, *rows)
+    gradient_kernel[grid](
+        dy, x, dx, residual, pull, drift, *vectors, *split, *places, SILU=silu, **constants, **options
+    )
 
 
 def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:

@@ -38,23 +38,25 @@ int group_norm_silu(const void* x, void* y, float* mean, float* rstd, int dtype,
     return kOk;
 }
 
-int group_norm_silu_backward(const void* dy, const void* x, void* dx, const float* mean, const float* rstd,
-                             int dtype, const NormLayout& where_dy, const NormLayout& where_x,
-                             const NormLayout& where_dx, const NormParameters& parameters, void* workspace,
-                             int threads) {
+int group_norm_silu_backward(const void* dy, const void* x, void* dx, const void* residual, const float* mean,
+                             const float* rstd, int dtype, const NormLayout& where_dy,
+                             const NormLayout& where_x, const NormLayout& where_dx,
+                             const NormLayout& where_residual, const NormParameters& parameters,
+                             void* workspace, int threads) {
     if (!known(dtype)) return kBadDtype;
-    if (!valid(where_x, parameters) || !same_kind(where_x, where_dy) || !same_kind(where_x, where_dx)) {
+    if (!valid(where_x, parameters) || !same_kind(where_x, where_dy) || !same_kind(where_x, where_dx) ||
+        (residual && !same_kind(where_x, where_residual))) {
         return kBadArgument;
     }
     // The backward pass only reads the statistics.
     const Statistics statistics{const_cast<float*>(mean), const_cast<float*>(rstd)};
-    const Input cotangent{dy, where_dy}, from{x, where_x};
+    const Input cotangent{dy, where_dy}, from{x, where_x}, added{residual, where_residual};
     const Output to{dx, where_dx};
     if (channels_last(where_x)) {
-        backward_channels_last(dtype, cotangent, from, to, statistics, parameters,
+        backward_channels_last(dtype, cotangent, from, to, added, statistics, parameters,
                                static_cast<float*>(workspace), threads);
     } else {
-        backward_contiguous(dtype, cotangent, from, to, statistics, parameters, threads);
+        backward_contiguous(dtype, cotangent, from, to, added, statistics, parameters, threads);
     }
     return kOk;
 }

@@ -5,8 +5,9 @@
 //   dx = A du + K (x - mean) + M,   du = dy sigmoid(u) (1 + u (1 - sigmoid(u)))
 //   K  = -rstd^2 / m  sum A du (x - mean),   M = -1 / m  sum A du
 //
-// with mean, rstd and the sums over the m elements of a group. Source: Wu and He, "Group normalization",
-// 2018, equations 1 to 3; scale and shift as in Dhariwal and Nichol, 2021 (AdaGN, section 3.1).
+// with mean, rstd and the sums over the m elements of a group, x having been raised by x_bias. Source: Wu and
+// He, "Group normalization", 2018, equations 1 to 3; scale and shift as in Dhariwal and Nichol, 2021 (AdaGN,
+// section 3.1).
 #pragma once
 
 #include <cstdint>
@@ -31,6 +32,7 @@ struct NormParameters {
     const float* bias;    // [channels]
     const float* scale;   // [images, channels], or null
     const float* shift;   // the same
+    const float* x_bias;  // [channels], or null
     int64_t stride_scale;
     int64_t stride_shift;
     int64_t groups;
@@ -47,10 +49,12 @@ int group_norm_silu(const void* x, void* y, float* mean, float* rstd, int dtype,
                     const NormLayout& where_y, const NormParameters& parameters, double eps, void* workspace,
                     int threads);
 
-// Writes the gradient with respect to x, from that with respect to y and the statistics.
-int group_norm_silu_backward(const void* dy, const void* x, void* dx, const float* mean, const float* rstd,
-                             int dtype, const NormLayout& where_dy, const NormLayout& where_x,
-                             const NormLayout& where_dx, const NormParameters& parameters, void* workspace,
-                             int threads);
+// Writes the gradient with respect to x, from that with respect to y and the statistics, plus `residual`,
+// which is null or like x.
+int group_norm_silu_backward(const void* dy, const void* x, void* dx, const void* residual, const float* mean,
+                             const float* rstd, int dtype, const NormLayout& where_dy,
+                             const NormLayout& where_x, const NormLayout& where_dx,
+                             const NormLayout& where_residual, const NormParameters& parameters,
+                             void* workspace, int threads);
 
 }  // namespace sda::cpu

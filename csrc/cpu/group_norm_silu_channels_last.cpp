@@ -85,11 +85,11 @@ class LaneCoefficients {
         return {letter(0, n, lane), letter(1, n, lane), letter(2, n, lane), letter(3, n, lane),
                 letter(4, n, lane)};
     }
-    // mean, A and B of a channel.
+    // mean (less x_bias), A and B of a channel.
     void set_affine(const NormParameters& p, int64_t n, int64_t c, float mean, float rstd) const {
         float slope, offset;
         affine(p, n, c, rstd, &slope, &offset);
-        set(0, n, c, mean);
+        set(0, n, c, mean - raise(p, c));
         set(1, n, c, slope);
         set(2, n, c, offset);
     }
@@ -195,11 +195,13 @@ void forward_channels_last(int dtype, const Input& x, const Output& y, const Sta
                 const float* squares = partials.number(2, n, span);
                 const double count = static_cast<double>(partials.count(span));
                 double middle = 0.0, spread = 0.0;
-                for_lanes(g, size, channels, partials.lanes,
-                          [&](int64_t lane) { middle += static_cast<double>(base[lane]) + offset[lane]; });
+                const auto mean = [&](int64_t lane) {
+                    return static_cast<double>(base[lane]) + offset[lane] + raise(p, lane % channels);
+                };
+                for_lanes(g, size, channels, partials.lanes, [&](int64_t lane) { middle += mean(lane); });
                 middle /= lanes;
                 for_lanes(g, size, channels, partials.lanes, [&](int64_t lane) {
-                    const double delta = static_cast<double>(base[lane]) + offset[lane] - middle;
+                    const double delta = mean(lane) - middle;
                     spread += squares[lane] + count * delta * delta;
                 });
                 merge(&all, count * lanes, middle, spread);
@@ -221,13 +223,17 @@ void forward_channels_last(int dtype, const Input& x, const Output& y, const Sta
     in_stages(x.where, partials.spans, threads, start, moments, finish, apply);
 }
 
-void backward_channels_last(int dtype, const Input& dy, const Input& x, const Output& dx, const Statistics& s,
-                            const NormParameters& p, float* workspace, int threads) {
+void backward_channels_last(int dtype, const Input& dy, const Input& x, const Output& dx,
+                            const Input& residual, const Statistics& s, const NormParameters& p,
+                            float* workspace, int threads) {
     const int64_t channels = x.where.channels, size = channels / p.groups;
-    const int64_t pixels = pixels_per_row(x.where, dense(x.where) && dense(dy.where) && dense(dx.where));
+    const bool all_dense =
+        dense(x.where) && dense(dy.where) && dense(dx.where) && (!residual.data || dense(residual.where));
+    const int64_t pixels = pixels_per_row(x.where, all_dense);
     const NormLayout rows = in_rows(x.where, pixels);
     const int64_t pitch_x = rows.stride_spatial, pitch_dy = dy.where.stride_spatial * pixels;
     const int64_t pitch_dx = dx.where.stride_spatial * pixels;
+    const int64_t pitch_residual = residual.where.stride_spatial * pixels;
     const Partials partials(rows, 2, workspace);
     float* rest = workspace + Partials::size_of(rows, 2);
     const LaneCoefficients coefficients(rows, channels, rest);
@@ -273,6 +279,7 @@ void backward_channels_last(int dtype, const Input& dy, const Input& x, const Ou
         for_tiles(partials, span, [&](int64_t row, int64_t lane, const Tile& tile, int64_t) {
             apply_gradient(dtype, p.silu, read(dy, dtype, n, row * pitch_dy + lane, pitch_dy),
                            read(x, dtype, n, row * pitch_x + lane, pitch_x), du(thread, row, lane, tile),
+                           read(residual, dtype, n, row * pitch_residual + lane, pitch_residual),
                            write(dx, dtype, n, row * pitch_dx + lane, pitch_dx), tile,
                            coefficients.of(n, lane));
         });

@@ -75,13 +75,21 @@ void forward_contiguous(int dtype, const Input& x, const Output& y, const Statis
         Lanes lanes;
         for (int64_t item = begin; item < end; ++item) {
             const int64_t n = item / p.groups, first = item % p.groups * size;
-            const Moments all = moments_of(dtype, x, n, first * spatial, size * spatial);
+            Moments all;
+            if (p.x_bias) {
+                for (int64_t c = first; c < first + size; ++c) {
+                    const Moments one = moments_of(dtype, x, n, c * spatial, spatial);
+                    merge(&all, one.count, one.mean + raise(p, c), one.squares);
+                }
+            } else {
+                all = moments_of(dtype, x, n, first * spatial, size * spatial);
+            }
             const float mean = static_cast<float>(all.mean);
             const float rstd = reciprocal_deviation(all.squares / all.count, eps);
             s.mean[item] = mean;
             s.rstd[item] = rstd;
-            fill(lanes.mean, width, mean);
             for (int64_t c = first; c < first + size; ++c) {
+                fill(lanes.mean, width, mean - raise(p, c));
                 float slope, offset;
                 affine(p, n, c, rstd, &slope, &offset);
                 fill(lanes.slope, width, slope);
@@ -97,8 +105,8 @@ void forward_contiguous(int dtype, const Input& x, const Output& y, const Statis
     parallel_for(x.where.images * p.groups, items_per_thread(size * spatial), threads, body);
 }
 
-void backward_contiguous(int dtype, const Input& dy, const Input& x, const Output& dx, const Statistics& s,
-                         const NormParameters& p, int threads) {
+void backward_contiguous(int dtype, const Input& dy, const Input& x, const Output& dx, const Input& residual,
+                         const Statistics& s, const NormParameters& p, int threads) {
     const int64_t spatial = x.where.spatial, size = x.where.channels / p.groups;
     const int64_t width = std::min(kLanes, spatial), summed = std::min(kSummed, spatial);
     const auto body = [&](int64_t begin, int64_t end) {
@@ -106,8 +114,8 @@ void backward_contiguous(int dtype, const Input& dy, const Input& x, const Outpu
         for (int64_t item = begin; item < end; ++item) {
             const int64_t n = item / p.groups, first = item % p.groups * size;
             const float rstd = s.rstd[item];
-            fill(lanes.mean, width, s.mean[item]);
             const auto set_channel = [&](int64_t c) {
+                fill(lanes.mean, width, s.mean[item] - raise(p, c));
                 float slope, offset;
                 affine(p, n, c, rstd, &slope, &offset);
                 fill(lanes.slope, width, slope);
@@ -134,7 +142,8 @@ void backward_contiguous(int dtype, const Input& dy, const Input& x, const Outpu
                 for_tiles(spatial, width, [&](int64_t element, const Tile& tile, int64_t) {
                     const int64_t at = c * spatial + element;
                     apply_gradient(dtype, p.silu, read(dy, dtype, n, at, width), read(x, dtype, n, at, width),
-                                   nullptr, write(dx, dtype, n, at, width), tile, lanes.view());
+                                   nullptr, read(residual, dtype, n, at, width),
+                                   write(dx, dtype, n, at, width), tile, lanes.view());
                 });
             }
         }

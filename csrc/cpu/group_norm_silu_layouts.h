@@ -32,7 +32,9 @@ inline bool channels_last(const NormLayout& where) { return where.stride_spatial
 
 inline int64_t items_per_thread(int64_t elements) { return std::max<int64_t>(1, kGrain / elements); }
 
+// Rows without data where `in` has none.
 inline Source read(const Input& in, int dtype, int64_t n, int64_t element, int64_t pitch) {
+    if (!in.data) return {nullptr, pitch};
     const int64_t offset = n * in.where.stride_image + element;
     return {static_cast<const char*>(in.data) + offset * bytes(dtype), pitch};
 }
@@ -41,6 +43,8 @@ inline Target write(const Output& out, int dtype, int64_t n, int64_t element, in
     const int64_t offset = n * out.where.stride_image + element;
     return {static_cast<char*>(out.data) + offset * bytes(dtype), pitch};
 }
+
+inline float raise(const NormParameters& p, int64_t c) { return p.x_bias ? p.x_bias[c] : 0.0f; }
 
 // A and B of channel c in image n.
 inline void affine(const NormParameters& p, int64_t n, int64_t c, float rstd, float* slope, float* offset) {
@@ -67,15 +71,16 @@ inline void merge(Moments* a, double count, double mean, double squares) {
 // Contiguous images: one group at a time, which the second cache holds.
 void forward_contiguous(int dtype, const Input& x, const Output& y, const Statistics& s,
                         const NormParameters& p, double eps, int threads);
-void backward_contiguous(int dtype, const Input& dy, const Input& x, const Output& dx, const Statistics& s,
-                         const NormParameters& p, int threads);
+void backward_contiguous(int dtype, const Input& dy, const Input& x, const Output& dx, const Input& residual,
+                         const Statistics& s, const NormParameters& p, int threads);
 
 // channels_last images: rows of one or several pixels, spans of rows, two or three numbers per span and lane,
 // coefficients per lane and du of a small image for every thread, all of which lie in the workspace.
 int64_t channels_last_floats(const NormLayout& where, int threads);
 void forward_channels_last(int dtype, const Input& x, const Output& y, const Statistics& s,
                            const NormParameters& p, double eps, float* workspace, int threads);
-void backward_channels_last(int dtype, const Input& dy, const Input& x, const Output& dx, const Statistics& s,
-                            const NormParameters& p, float* workspace, int threads);
+void backward_channels_last(int dtype, const Input& dy, const Input& x, const Output& dx,
+                            const Input& residual, const Statistics& s, const NormParameters& p,
+                            float* workspace, int threads);
 
 }  // namespace sda::cpu

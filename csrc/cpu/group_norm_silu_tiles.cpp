@@ -116,7 +116,8 @@ SDA_INLINE void add_sums_of(const Source& cotangent, const Source& source, const
 
 template <class T, bool kSilu>
 SDA_INLINE void apply_gradient_to(const Source& cotangent, const Source& source, const float* kept,
-                                  const Target& target, const Tile& tile, const Coefficients& c) {
+                                  const Source& residual, const Target& target, const Tile& tile,
+                                  const Coefficients& c) {
     const float *mean = c.mean, *slope = c.slope, *pull = c.pull, *drift = c.drift;
     float row[kLanes];
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -125,10 +126,12 @@ SDA_INLINE void apply_gradient_to(const Source& cotangent, const Source& source,
         T* dx = static_cast<T*>(target.data) + r * target.pitch;
         if (!kept) differentiate<T, kSilu>(dy, x, tile.lanes, c, row);
         const float* du = kept ? kept + r * tile.lanes : row;
+        const T* added = residual.data ? static_cast<const T*>(residual.data) + r * residual.pitch : nullptr;
 #pragma GCC ivdep
         for (int64_t i = 0; i < tile.lanes; ++i) {
             const float rest = __builtin_fmaf(pull[i], widen(x[i]) - mean[i], drift[i]);
-            dx[i] = narrow<T>(__builtin_fmaf(slope[i], du[i], rest));
+            const float value = __builtin_fmaf(slope[i], du[i], rest);
+            dx[i] = narrow<T>(added ? value + widen(added[i]) : value);
         }
     }
 }
@@ -163,13 +166,14 @@ SDA_CLONES void add_sums(int dtype, bool silu, const Source& dy, const Source& x
 }
 
 SDA_CLONES void apply_gradient(int dtype, bool silu, const Source& dy, const Source& x, const float* du,
-                               const Target& dx, const Tile& tile, const Coefficients& c) {
-    if (dtype == kFloat32 && silu) apply_gradient_to<float, true>(dy, x, du, dx, tile, c);
-    if (dtype == kFloat32 && !silu) apply_gradient_to<float, false>(dy, x, du, dx, tile, c);
-    if (dtype == kBfloat16 && silu) apply_gradient_to<Bfloat16, true>(dy, x, du, dx, tile, c);
-    if (dtype == kBfloat16 && !silu) apply_gradient_to<Bfloat16, false>(dy, x, du, dx, tile, c);
-    if (dtype == kFloat16 && silu) apply_gradient_to<Float16, true>(dy, x, du, dx, tile, c);
-    if (dtype == kFloat16 && !silu) apply_gradient_to<Float16, false>(dy, x, du, dx, tile, c);
+                               const Source& residual, const Target& dx, const Tile& tile,
+                               const Coefficients& c) {
+    if (dtype == kFloat32 && silu) apply_gradient_to<float, true>(dy, x, du, residual, dx, tile, c);
+    if (dtype == kFloat32 && !silu) apply_gradient_to<float, false>(dy, x, du, residual, dx, tile, c);
+    if (dtype == kBfloat16 && silu) apply_gradient_to<Bfloat16, true>(dy, x, du, residual, dx, tile, c);
+    if (dtype == kBfloat16 && !silu) apply_gradient_to<Bfloat16, false>(dy, x, du, residual, dx, tile, c);
+    if (dtype == kFloat16 && silu) apply_gradient_to<Float16, true>(dy, x, du, residual, dx, tile, c);
+    if (dtype == kFloat16 && !silu) apply_gradient_to<Float16, false>(dy, x, du, residual, dx, tile, c);
 }
 
 }  // namespace sda::cpu

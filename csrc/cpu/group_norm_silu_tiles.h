@@ -28,7 +28,7 @@ struct Target {
 
 // The letters of group_norm_silu.h, one value per lane.
 struct Coefficients {
-    const float* mean;
+    const float* mean;             // less x_bias
     const float* slope;            // A
     const float* offset;           // B
     const float* pull = nullptr;   // K
@@ -55,8 +55,8 @@ void apply_norm(int dtype, bool silu, const Source& x, const Target& y, const Ti
 void add_sums(int dtype, bool silu, const Source& dy, const Source& x, const Tile& tile,
               const Coefficients& c, float* sum, float* moment, float* du);
 
-// dx of dy and x, and of du [rows, lanes] if not null.
+// dx of dy and x, and of du [rows, lanes] if not null, plus residual, if that has data.
 void apply_gradient(int dtype, bool silu, const Source& dy, const Source& x, const float* du,
-                    const Target& dx, const Tile& tile, const Coefficients& c);
+                    const Source& residual, const Target& dx, const Tile& tile, const Coefficients& c);
 
 }  // namespace sda::cpu

@@ -101,7 +101,9 @@ def _group_norm_silu(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    assert x_bias is None  # which a traced network does not have: `engines.fusion` sets it afterwards
     members = x.float().reshape(x.shape[0], groups, -1)
     mean = members.mean(2, keepdim=True)
     centred = members - mean
@@ -122,7 +124,10 @@ def _group_norm_silu_backward(
     shift: Tensor | None,
     groups: int,
     silu: bool,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
+    assert (x_bias, residual) == (None, None)  # as above
     gain, offset = _affine(x, weight, bias, scale, shift)
     normalised = (x.float().reshape(*mean.shape, -1) - mean[:, :, None]) * rstd[:, :, None]
     du = dy.float()

@@ -28,8 +28,9 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
+    x_bias: Tensor | None = None,
 ) -> Tensor:
-    """y = u sigmoid(u) with u = (GroupNorm(x) weight + bias) (1 + scale) + shift; y = u without `silu`.
+    """y = u sigmoid(u) with u = (GroupNorm(x + x_bias) weight + bias) (1 + scale) + shift; y = u without `silu`.
 
     GroupNorm subtracts the mean over each group of C / groups neighbouring channels and all positions of an image and
     divides by sqrt(variance + eps), the variance being that of the population. Everything is computed in float32. An
@@ -40,17 +41,18 @@ def group_norm_silu(
         slice of channels.
     weight, bias: [C], float32 or x's dtype.
     scale, shift: [N, C], float32 or x's dtype, or None for zero; rows may lie apart, as halves of [N, 2C] do.
+    x_bias: [C], float32 or x's dtype, or None for zero: what a convolution would add in a pass over memory of its own.
     Returns y in x's shape, dtype and memory format.
 
     The gradient flows to x alone; the backward pass keeps x and two numbers per group.
 
     Raises SdaError for a wrong shape, dtype, device or stride, for a number of groups that does not divide C, and where
-    weight, bias, scale or shift require a gradient.
+    weight, bias, scale, shift or x_bias require a gradient.
     """
-    _check(x, weight, bias, groups, eps, scale, shift)
+    _check(x, weight, bias, groups, eps, scale, shift, x_bias)
     if torch.is_grad_enabled():
-        _refuse_gradients({"weight": weight, "bias": bias, "scale": scale, "shift": shift})
-    y, _, _ = torch.ops.sda_fast.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
+        _refuse_gradients({"weight": weight, "bias": bias, "scale": scale, "shift": shift, "x_bias": x_bias})
+    y, _, _ = torch.ops.sda_fast.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu, x_bias)
     return y
 
 
@@ -64,19 +66,21 @@ def _forward(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and float32 [N, groups]: mean and 1 / sqrt(variance + eps)."""
-    _check(x, weight, bias, groups, eps, scale, shift)
+    _check(x, weight, bias, groups, eps, scale, shift, x_bias)
     version = select("group_norm_silu", x.device, VERSIONS)
     y, mean, rstd = _empty_outputs(x, groups)
     if x.numel() == 0:
         return y, mean.fill_(torch.nan), rstd.fill_(torch.nan)
     if version == "plain":
-        y.copy_(plain.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu))
-        for statistic, value in zip((mean, rstd), plain.group_norm_statistics(x, groups, eps), strict=True):
+        y.copy_(plain.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu, x_bias))
+        statistics = plain.group_norm_statistics(plain.add_channels(x, x_bias), groups, eps)
+        for statistic, value in zip((mean, rstd), statistics, strict=True):
             statistic.copy_(value)
         return y, mean, rstd
-    vectors = _vectors(weight, bias, scale, shift)
+    vectors = _vectors(weight, bias, scale, shift, x_bias)
     where_x, where_y = norm_layout(x, "x"), norm_layout(y, "y")
     if version == "triton":
         from sda_fast.kernels import group_norm_silu as kernel
@@ -106,6 +110,7 @@ def _(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_outputs(x, groups)
 
@@ -122,33 +127,40 @@ def _backward(
     shift: Tensor | None,
     groups: int,
     silu: bool,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The gradient with respect to x, in x's memory format; dy has x's shape and dtype."""
-    _check(x, weight, bias, groups, 0.0, scale, shift)
-    _check_cotangent(dy, x, mean, rstd, groups)
+    """The gradient with respect to x plus `residual`, in x's memory format; both and dy have x's shape and dtype."""
+    _check(x, weight, bias, groups, 0.0, scale, shift, x_bias)
+    _check_cotangent(dy, x, mean, rstd, groups, residual)
     version = select("group_norm_silu", x.device, VERSIONS)
     dx = _empty_like(x)
     if x.numel() == 0:
         return dx
     if version == "plain":
-        return dx.copy_(plain.group_norm_silu_backward(dy, x, weight, bias, mean, rstd, scale, shift, groups, silu))
+        optional = (scale, shift, groups, silu, x_bias, residual)
+        return dx.copy_(plain.group_norm_silu_backward(dy, x, weight, bias, mean, rstd, *optional))
     dy, mean, rstd = _in_format_of(dy, dx), mean.contiguous(), rstd.contiguous()
-    vectors = _vectors(weight, bias, scale, shift)
-    layouts = norm_layout(dy, "dy"), norm_layout(x, "x"), norm_layout(dx, "dx")
+    added = dy if residual is None else _in_format_of(residual, dx)
+    vectors = _vectors(weight, bias, scale, shift, x_bias)
+    layouts = [norm_layout(t, name) for t, name in ((dy, "dy"), (x, "x"), (dx, "dx"), (added, "residual"))]
     if version == "triton":
         from sda_fast.kernels import group_norm_silu_backward as kernel
 
         with on_device_of(x):
-            kernel.group_norm_silu_backward(dy, x, dx, mean, rstd, *vectors, silu=silu, layouts=layouts)
+            kernel.group_norm_silu_backward(
+                dy, x, dx, None if residual is None else added, mean, rstd, *vectors, silu=silu, layouts=layouts
+            )
         return dx
     c = core()
     parameters, _alive = _parameters(vectors, groups, silu)
-    addresses = (t.data_ptr() for t in (dy, x, dx, mean, rstd))
+    addresses = (dy.data_ptr(), x.data_ptr(), dx.data_ptr(), 0 if residual is None else added.data_ptr())
     where = [c.NormLayout(*layout) for layout in layouts]
     threads = torch.get_num_threads()
     workspace = x.new_empty(c.group_norm_silu_cpu_workspace(where[1], threads), dtype=torch.uint8)
     rest = (workspace.data_ptr(), threads)
-    c.group_norm_silu_backward_cpu(*addresses, dtype_code(x.dtype), *where, parameters, *rest)
+    statistics = (mean.data_ptr(), rstd.data_ptr())
+    c.group_norm_silu_backward_cpu(*addresses, *statistics, dtype_code(x.dtype), *where, parameters, *rest)
     return dx
 
 
@@ -164,24 +176,26 @@ def _(
     shift: Tensor | None,
     groups: int,
     silu: bool,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     return _empty_like(x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.groups, _, scale, shift, ctx.silu = inputs
+    x, weight, bias, ctx.groups, _, scale, shift, ctx.silu, x_bias = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, weight, bias, mean, rstd, scale, shift)
+    ctx.save_for_backward(x, weight, bias, mean, rstd, scale, shift, x_bias)
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, mean, rstd, scale, shift = ctx.saved_tensors
-    _refuse_gradients({"weight": weight, "bias": bias, "scale": scale, "shift": shift})
+    x, weight, bias, mean, rstd, scale, shift, x_bias = ctx.saved_tensors
+    _refuse_gradients({"weight": weight, "bias": bias, "scale": scale, "shift": shift, "x_bias": x_bias})
     dx = torch.ops.sda_fast.group_norm_silu_backward(
-        dy, x, weight, bias, mean, rstd, scale, shift, ctx.groups, ctx.silu
+        dy, x, weight, bias, mean, rstd, scale, shift, ctx.groups, ctx.silu, x_bias
     )
-    return dx, *[None] * 7
+    return dx, *[None] * 8
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -203,28 +217,35 @@ def _empty_outputs(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _in_format_of(dy: Tensor, dx: Tensor) -> Tensor:
-    """dy, copied if it is in another memory format than dx, or in none."""
+    """dy, or residual, copied if it is in another memory format than dx, or in none."""
     with contextlib.suppress(SdaError):
         if (norm_layout(dy, "dy").stride_spatial == 1) == (norm_layout(dx, "dx").stride_spatial == 1):
             return dy
     return torch.empty_like(dx).copy_(dy)
 
 
-def _vectors(weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> list[Tensor | None]:
+def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
     """The same with channels side by side, as the kernels read them."""
-    return [None if p is None else p if p.stride(-1) == 1 else p.contiguous() for p in (weight, bias, scale, shift)]
+    return [None if p is None else p if p.stride(-1) == 1 else p.contiguous() for p in vectors]
 
 
 def _parameters(vectors: list[Tensor | None], groups: int, silu: bool) -> tuple[Any, list[Tensor | None]]:
     """For the C++ version, and the float32 tensors that must outlive its call."""
     alive = [None if p is None else p.float() for p in vectors]
     addresses = [0 if p is None else p.data_ptr() for p in alive]
-    strides = [0 if p is None else p.stride(0) for p in alive[2:]]
+    strides = [0 if p is None else p.stride(0) for p in alive[2:4]]
     return core().NormParameters(*addresses, *strides, groups, silu), alive
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, scale: Tensor | None, shift: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    x_bias: Tensor | None,
 ) -> None:
     if x.dim() < 2:
         raise SdaError(f"x has shape {tuple(x.shape)}; pass group_norm_silu [N, C, ...].")
@@ -239,6 +260,7 @@ def _check(
         ("bias", bias, (channels,)),
         ("scale", scale, (images, channels)),
         ("shift", shift, (images, channels)),
+        ("x_bias", x_bias, (channels,)),
     ):
         if p is not None:
             check_shape("group_norm_silu", name, p, shape)
@@ -247,12 +269,13 @@ def _check(
     norm_layout(x, "x")
 
 
-def _check_cotangent(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> None:
-    if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
-        raise SdaError(
-            f"dy is {dy.dtype} {tuple(dy.shape)} on {dy.device}; pass it as x is, {x.dtype} {tuple(x.shape)} on "
-            f"{x.device}."
-        )
+def _check_cotangent(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int, residual: Tensor | None) -> None:
+    for name, like_x in (("dy", dy), ("residual", residual)):
+        if like_x is not None and (like_x.shape, like_x.dtype, like_x.device) != (x.shape, x.dtype, x.device):
+            raise SdaError(
+                f"{name} is {like_x.dtype} {tuple(like_x.shape)} on {like_x.device}; pass it as x is, {x.dtype} "
+                f"{tuple(x.shape)} on {x.device}."
+            )
     for name, p in (("mean", mean), ("rstd", rstd)):
         if tuple(p.shape) != (x.shape[0], groups) or p.dtype != torch.float32 or p.device != x.device:
             raise SdaError(

@@ -24,9 +24,12 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
+    x_bias: Tensor | None = None,
 ) -> Tensor:
-    """silu(GroupNorm(x) (1 + scale) + shift): x [N, C, ...], weight and bias [C], scale and shift [N, C] or None."""
-    u, _, _ = _before_silu(x, weight, bias, *group_norm_statistics(x, groups, eps), scale, shift)
+    """silu(GroupNorm(x + x_bias) (1 + scale) + shift): x [N, C, ...], weight, bias and x_bias [C], scale and shift
+    [N, C] or None."""
+    raised = add_channels(x, x_bias)
+    u, _, _ = _before_silu(raised, weight, bias, *group_norm_statistics(raised, groups, eps), scale, shift)
     return (u * u.sigmoid() if silu else u).to(x.dtype)
 
 
@@ -41,16 +44,28 @@ def group_norm_silu_backward(
     shift: Tensor | None,
     groups: int,
     silu: bool = True,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The gradient with respect to x, from dy, that with respect to y, and the statistics [N, groups]."""
-    u, normalised, gain = _before_silu(x, weight, bias, mean, rstd, scale, shift)
+    """The gradient with respect to x, from dy, that with respect to y, and the statistics [N, groups]; plus
+    `residual`."""
+    u, normalised, gain = _before_silu(add_channels(x, x_bias), weight, bias, mean, rstd, scale, shift)
     du = dy.to(u.dtype)
     if silu:
         du = du * u.sigmoid() * (1 + u * (1 - u.sigmoid()))
     members, cotangent = normalised.reshape(*mean.shape, -1), (du * gain).reshape(*mean.shape, -1)
     along = (cotangent * members).mean(dim=2, keepdim=True)
     dx = rstd[:, :, None] * (cotangent - cotangent.mean(dim=2, keepdim=True) - members * along)
-    return dx.reshape(x.shape).to(x.dtype)
+    dx = dx.reshape(x.shape)
+    return (dx if residual is None else dx + residual.to(dx.dtype)).to(x.dtype)
+
+
+def add_channels(x: Tensor, x_bias: Tensor | None) -> Tensor:
+    """x [N, C, ...] plus x_bias [C], not rounded to x's dtype; x itself where there is none."""
+    if x_bias is None:
+        return x
+    precision = _precision(x)
+    return x.to(precision) + x_bias.to(precision).reshape(-1, *[1] * (x.dim() - 2))
 
 
 def _before_silu(

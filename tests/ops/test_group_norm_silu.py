@@ -65,11 +65,19 @@ def forward(*args):
     return torch.ops.sda_fast.group_norm_silu(*args)
 
 
+def raised(args):
+    """The same with an x_bias that is as large as x, in x's dtype where that is float16."""
+    x = args[0]
+    x_bias = 3 * torch.randn(x.shape[1], generator=torch.Generator().manual_seed(1))
+    return *args, x_bias.half() if x.dtype == torch.float16 else x_bias
+
+
 def backward_arguments(args, mean, rstd):
-    """With a dy of each image that is a function of the image."""
-    x, weight, bias, groups, _, scale, shift, silu = args
+    """With a dy of each image that is a function of the image, and where there is an x_bias, a residual likewise."""
+    x, weight, bias, groups, _, scale, shift, silu, *x_bias = args
     dy = torch.empty_like(x).copy_((5 * x.float()).sin())
-    return dy, x, weight, bias, mean, rstd, scale, shift, groups, silu
+    residual = [torch.empty_like(x).copy_((3 * x.float()).cos()) for _ in x_bias]
+    return dy, x, weight, bias, mean, rstd, scale, shift, groups, silu, *x_bias, *residual
 
 
 def backward(*args):
@@ -97,7 +105,10 @@ def check(args, y, dx, dy):
     expected_y, expected_dx = exact(args, dy)
     with ops.backend("plain"):
         plain_y, mean, rstd = forward(*args)
-        plain_dx = backward(*backward_arguments(args, mean, rstd))
+        gradient = backward_arguments(args, mean, rstd)
+        plain_dx = backward(*gradient)
+    if len(args) == 9:
+        expected_dx = expected_dx + gradient[-1].double()
     for ours, simple, expected in ((y, plain_y, expected_y), (dx, plain_dx, expected_dx)):
         assert ours.dtype == args[0].dtype
         assert ours.shape == args[0].shape
@@ -109,13 +120,14 @@ def check(args, y, dx, dy):
 def test_cpp(dtype, layout):
     for i, (shape, groups) in enumerate(CASES):
         for modulated, silu in ((True, True), (i % 2 == 0, False)):
-            args = arguments(shape, groups, dtype, layout, modulated, silu)
-            y, mean, rstd = forward(*args)
-            assert y.is_contiguous(memory_format=LAYOUTS[layout])
-            gradient = backward_arguments(args, mean, rstd)
-            dx = backward(*gradient)
-            assert dx.is_contiguous(memory_format=LAYOUTS[layout])
-            check(args, y, dx, gradient[0])
+            flat = arguments(shape, groups, dtype, layout, modulated, silu)
+            for args in (flat, raised(flat)):
+                y, mean, rstd = forward(*args)
+                assert y.is_contiguous(memory_format=LAYOUTS[layout])
+                gradient = backward_arguments(args, mean, rstd)
+                dx = backward(*gradient)
+                assert dx.is_contiguous(memory_format=LAYOUTS[layout])
+                check(args, y, dx, gradient[0])
 
 
 class Norms(TorchDispatchMode):
@@ -180,7 +192,9 @@ def triton_cases():
     for layout in LAYOUTS:
         for case in SMALL_CASES:
             yield ("small", *case, layout), arguments(*case, layout=layout)
-        yield ("half", layout), arguments(*SMALL_CASES[1], torch.float16, layout, modulated=False)
+        for case in SMALL_CASES:
+            yield ("raised", *case, layout), raised(arguments(*case, layout=layout))
+        yield ("half", layout), raised(arguments(*SMALL_CASES[1], torch.float16, layout, modulated=False))
         yield ("bfloat16", layout), arguments(*SMALL_CASES[0], torch.bfloat16, layout, silu=layout == "contiguous")
     for channels, side in ADM_INTERPRETED:
         yield ("adm", channels, side), octet(channels, side, torch.bfloat16, "channels_last")[1]
@@ -195,7 +209,7 @@ def triton_cases():
 
 def test_triton(interpreted):
     for name, (args, (y, mean, rstd), gradient, dx) in interpreted.items():
-        if name[0] in ("small", "half", "bfloat16", "view"):
+        if name[0] in ("small", "raised", "half", "bfloat16", "view"):
             _, expected_mean, expected_rstd = forward(*args)
             assert error(mean, expected_mean) < 1e-6
             assert error(rstd / expected_rstd, torch.ones(1)) < 1e-6
@@ -373,10 +387,12 @@ def odd_arguments(x):
 
 @pytest.mark.parametrize("name", odd_views())
 def test_odd_views(name):
-    args = odd_arguments(odd_views()[name])
+    args = raised(odd_arguments(odd_views()[name]))
     y, mean, rstd = forward(*args)
     gradient = backward_arguments(args, mean, rstd)
     check(args, y, backward(*gradient), gradient[0])
+    view = args[0]  # neither dense nor as the gradient lies
+    assert torch.equal(backward(*gradient[:-1], view), backward(*gradient[:-1], view.clone()))
     dy = gradient[0].transpose(-1, -2).contiguous().transpose(-1, -2)  # in no format of its own
     assert torch.equal(backward(dy, *gradient[1:]), backward(*gradient))
     expanded = torch.ones(()).expand(y.shape)
@@ -399,7 +415,7 @@ def test_writes_every_element_and_no_other(layout):
     x, weight, bias, *_ = arguments((2, 8, 5, 3), 4, layout=layout)
     wide = torch.full((4, 8, 5, 3), float("nan")).contiguous(memory_format=LAYOUTS[layout])
     mean, rstd = torch.full((2, 2, 4), float("nan"))
-    parameters = _core.NormParameters(weight.data_ptr(), bias.data_ptr(), 0, 0, 0, 0, 4, True)
+    parameters = _core.NormParameters(weight.data_ptr(), bias.data_ptr(), 0, 0, 0, 0, 0, 4, True)
     layouts = [_core.NormLayout(*norm_layout(t, "t")) for t in (x, wide[::2])]
     pointers = [t.data_ptr() for t in (x, wide, mean, rstd)]
     workspace = torch.full((_core.group_norm_silu_cpu_workspace(layouts[0], 1),), 255, dtype=torch.uint8)
@@ -410,8 +426,8 @@ def test_writes_every_element_and_no_other(layout):
     assert rstd.isfinite().all()
     assert wide[1::2].isnan().all()
     wide.fill_(float("nan"))
-    pointers = [t.data_ptr() for t in (x, x, wide, mean, rstd)]
-    layouts = [layouts[0], *layouts]
+    pointers = [x.data_ptr(), x.data_ptr(), wide.data_ptr(), 0, mean.data_ptr(), rstd.data_ptr()]
+    layouts = [layouts[0], *layouts, layouts[0]]
     workspace.fill_(255)
     _core.group_norm_silu_backward_cpu(*pointers, _core.float32, *layouts, parameters, workspace.data_ptr(), 1)
     assert wide[::2].isfinite().all()
@@ -420,7 +436,7 @@ def test_writes_every_element_and_no_other(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout):
-    args = arguments((2, 8, 5, 3), 4, layout=layout)
+    args = raised(arguments((2, 8, 5, 3), 4, layout=layout))
     _, mean, rstd = forward(*args)
     torch.library.opcheck(torch.ops.sda_fast.group_norm_silu_backward.default, backward_arguments(args, mean, rstd))
     args[0].requires_grad_()
@@ -429,16 +445,16 @@ def test_opcheck(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_autograd_tracing_and_compiling(layout):
-    x, weight, bias, *_ = arguments((2, 8, 5, 3), 4, layout=layout)
+    x, weight, bias, *_, x_bias = raised(arguments((2, 8, 5, 3), 4, layout=layout))
 
     def step(x):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            y = group_norm_silu(x, weight, bias, 4)
+            y = group_norm_silu(x, weight, bias, 4, x_bias=x_bias)
             return torch.autograd.grad((y * y).sum(), x)[0]
 
     leaf = x.double().requires_grad_()
-    y = plain.group_norm_silu(leaf, weight.double(), bias.double(), 4)
+    y = plain.group_norm_silu(leaf, weight.double(), bias.double(), 4, x_bias=x_bias.double())
     expected = torch.autograd.grad((y * y).sum(), leaf)[0]
     assert error(step(x), expected) < 1e-5
     traced = make_fx(step)(x)
@@ -453,16 +469,17 @@ def test_autograd_tracing_and_compiling(layout):
     assert torch.equal(dx, expected)
 
 
-@pytest.mark.parametrize("name", ["weight", "bias", "scale", "shift"])
+@pytest.mark.parametrize("name", ["weight", "bias", "scale", "shift", "x_bias"])
 def test_only_x_is_differentiated(name):
-    x, weight, bias, groups, eps, scale, shift, silu = arguments((2, 8, 4, 4), 4)
-    parameters = dict(weight=weight, bias=bias, scale=scale, shift=shift)
+    x, weight, bias, groups, eps, scale, shift, silu, x_bias = raised(arguments((2, 8, 4, 4), 4))
+    parameters = dict(weight=weight, bias=bias, scale=scale, shift=shift, x_bias=x_bias)
     parameters[name] = parameters[name].clone().requires_grad_()
     with pytest.raises(SdaError, match=f"{name} requires a gradient"):
         group_norm_silu(x, groups=groups, eps=eps, silu=silu, **parameters)
     with torch.no_grad():
         group_norm_silu(x, groups=groups, eps=eps, silu=silu, **parameters)
-    y, _, _ = forward(x, *[parameters[n] for n in ("weight", "bias")], groups, eps, parameters["scale"], shift, silu)
+    weight, bias, scale, shift, x_bias = parameters.values()
+    y, _, _ = forward(x, weight, bias, groups, eps, scale, shift, silu, x_bias)
     if name != "shift":
         with pytest.raises(SdaError, match=f"{name} requires a gradient"):
             y.sum().backward()
@@ -478,6 +495,7 @@ MISTAKES = {
     "bias is torch.float16; pass group_norm_silu one in float32": dict(bias=torch.zeros(8, dtype=torch.float16)),
     "scale has shape \\(2, 8, 1, 1\\)": dict(scale=torch.zeros(2, 8, 1, 1)),
     "shift has shape \\(1, 8\\)": dict(shift=torch.zeros(1, 8)),
+    "x_bias has shape \\(1, 8\\)": dict(x_bias=torch.zeros(1, 8)),
     "weight lies on meta and x on cpu; pass both on one device": dict(weight=torch.ones(8, device="meta")),
     "pass x.contiguous": dict(x=torch.zeros(2, 8, 5, 4).transpose(2, 3)),
 }
@@ -491,11 +509,13 @@ def test_mistakes(message):
 
 
 def test_mistakes_in_the_backward_pass():
-    args = arguments((2, 8, 4, 4), 4)
+    args = raised(arguments((2, 8, 4, 4), 4))
     _, mean, rstd = forward(*args)
-    dy, *rest = backward_arguments(args, mean, rstd)
-    with pytest.raises(SdaError, match="pass it as x is"):
+    dy, *rest, residual = backward_arguments(args, mean, rstd)
+    with pytest.raises(SdaError, match=r"dy is torch.float16 .*; pass it as x is"):
         backward(dy.half(), *rest)
+    with pytest.raises(SdaError, match=r"residual is torch.float32 \(1, 8, 4, 4\) on cpu; pass it as x is"):
+        backward(dy, *rest, residual[:1])
     rest[3] = mean[:1]
     with pytest.raises(SdaError, match="pass what the forward pass returned"):
         backward(dy, *rest)
@@ -518,13 +538,14 @@ def test_triton_compiles(compile_triton, capability, direction):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_the_device(dtype, layout):
     for shape, groups in [*CASES, ((2, 256, 128, 128), 32)]:
-        args = arguments(shape, groups, dtype, layout)
-        there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
-        y, mean, rstd = forward(*there)
-        gradient = backward_arguments(args, mean.cpu(), rstd.cpu())
-        dx = backward(*[a.cuda() if isinstance(a, torch.Tensor) else a for a in gradient])
-        check(args, y.cpu(), dx.cpu(), gradient[0])
-        assert torch.equal(forward(*there)[0], y)
+        flat = arguments(shape, groups, dtype, layout)
+        for args in (flat, raised(flat)):
+            there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+            y, mean, rstd = forward(*there)
+            gradient = backward_arguments(args, mean.cpu(), rstd.cpu())
+            dx = backward(*[a.cuda() if isinstance(a, torch.Tensor) else a for a in gradient])
+            check(args, y.cpu(), dx.cpu(), gradient[0])
+            assert torch.equal(forward(*there)[0], y)
 
 
 @pytest.mark.gpu

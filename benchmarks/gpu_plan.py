@@ -1,0 +1,245 @@
+"""What the inductor engine would run on a GPU, planned without one: kernels and bytes of a step, by class.
+
+    python benchmarks/gpu_plan.py [--preset adm-256-uncond] [--precision bf16] [--batch 16] [--output FILE.jsonl]
+
+The step is traced on tensors without memory and given to PyTorch's compiler as if it lay on an H200; the compiler's own
+schedule says what it fuses and how many bytes that moves. Of convolutions, products, norms and attention the bytes are
+those of their operands, of norms as often as their kernels read them. cuDNN takes dense images only, so PyTorch copies
+a slice of channels before a convolution: "copies". Nothing is compiled or run. Planned once as traced and once with
+what `engines.fusion` changes; prints a table, adds two rows to FILE.
+"""
+
+import argparse
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.device_interface import CudaInterface
+from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
+from torch._prims_common import suggest_memory_format
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from sda_fast.bench.measure import environment
+from sda_fast.bench.models import PRESETS, architecture
+from sda_fast.bench.step import fake_step
+from sda_fast.engines.fusion import GRADIENT, NORM, fuse_into_norms
+from sda_fast.engines.graph import trace
+
+aten = torch.ops.aten
+H200 = dict(major=9, minor=0, multi_processor_count=132, warp_size=32, max_threads_per_multi_processor=2048)
+H200 |= dict(regs_per_multiprocessor=65536, shared_memory_per_block_optin=232448, shared_memory_per_block=49152)
+H200 |= dict(name="NVIDIA H200", total_memory=139 << 30, L2_cache_size=50 << 20, gcnArchName="")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="adm-256-uncond")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--output", type=Path, help="file that takes the rows, .jsonl")
+    options = parser.parse_args()
+    plans = {}
+    for fused in (False, True):
+        kind, config = architecture(options.preset)
+        plans[fused] = plan(kind, config, options.precision, options.batch, fused)
+        row = {"benchmark": "gpu plan", "preset": options.preset, "precision": options.precision}
+        row |= {"batch": options.batch, "fused_into_norms": fused, "classes": plans[fused]}
+        row |= {key: environment("cpu")[key] for key in ("torch", "triton", "commit")}
+        if options.output:
+            with options.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    print(table(plans, options.batch))
+
+
+def plan(kind: Any, config: dict[str, Any], precision: Any, batch: int, fused: bool) -> dict[str, dict[str, int]]:
+    """By class: kernels, and the bytes that they read and write."""
+    with fake_step(kind, config, precision, batch) as (step, example), on_a_gpu():
+        with mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v: attention(q, k, v)[0]):
+            graph = trace(step, example, channels_last=True)
+        if fused:
+            fuse_into_norms(graph)
+        there, inputs = moved(graph, example)
+        kernels: Counter[str] = Counter()
+        moves: Counter[str] = Counter()
+        for name, size in [*operators(there), *fusions(there, inputs)]:
+            kernels[name] += 1
+            moves[name] += size
+    return {name: {"kernels": kernels[name], "bytes": moves[name]} for name in sorted(kernels)}
+
+
+@torch.library.custom_op("gpu_plan::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Flash attention's operands and results: to choose the real one, PyTorch asks a GPU."""
+    raise NotImplementedError
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _as_flash_lays(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("gpu_plan::attention_backward", mutates_args=())
+def attention_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError
+
+
+@attention_backward.register_fake
+def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _as_flash_lays(q), _as_flash_lays(k), _as_flash_lays(v)
+
+
+attention.register_autograd(
+    lambda ctx, dy, _: attention_backward(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
+)
+
+
+def _as_flash_lays(q: Tensor) -> Tensor:
+    n, heads, tokens, channels = q.shape
+    return q.new_empty(n, tokens, heads, channels).transpose(1, 2)
+
+
+@contextmanager
+def on_a_gpu() -> Iterator[None]:
+    """The compiler finds an H200, and convolutions lay their results as cuDNN's do."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    properties = SimpleNamespace(**H200)
+    target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+
+    def layout(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+        formats = suggest_memory_format(x), suggest_memory_format(weight)
+        return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+        (torch.cuda, "get_device_properties", lambda *_: properties),
+        (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "device_count", lambda: 1),
+        (CudaInterface.Worker, "get_device_properties", lambda *_: properties),
+        (CudaInterface.Worker, "current_device", lambda: 0),
+        (CudaInterface, "get_device_properties", lambda *_: properties),
+        (CudaInterface, "current_device", lambda: 0),
+        (CudaInterface, "get_compute_capability", lambda *_: 90),
+        (CudaInterface, "is_available", lambda: True),
+        (CudaInterface, "is_bf16_supported", lambda **_: True),
+        (torch._C, "_conv_determine_backend_memory_format", layout),
+    ]
+    with ExitStack() as stack:
+        for owner, name, instead in replaced:
+            stack.enter_context(mock.patch.object(owner, name, instead))
+        stack.enter_context(mock.patch.object(driver, "_active", target))
+        yield
+
+
+def moved(graph: fx.GraphModule, example: tuple[Tensor, ...]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The graph in the compiler's operators, of inputs and then constants on the GPU."""
+
+    def there(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="cuda")
+
+    for name, value in list(vars(graph).items()):
+        if isinstance(value, Tensor):
+            delattr(graph, name)
+            graph.register_buffer(name, value)
+    for node in graph.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+    graph.recompile()
+    constants = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
+    inputs = tuple(there(x) for x in (*example, *constants.values()))
+
+    def run(*tensors: Tensor) -> Any:
+        given = dict(zip(constants, tensors[len(example) :], strict=True))
+        return torch.func.functional_call(graph, given, tensors[: len(example)])
+
+    return make_fx(run, decomposition_table=select_decomp_table())(*inputs), inputs
+
+
+def operators(graph: fx.GraphModule) -> Iterator[tuple[str, int]]:
+    """(class, bytes) of what the compiler calls and does not write."""
+    for node in graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        size = sum(map(_bytes, node.all_input_nodes)) + _bytes(node)
+        if node.target is aten.convolution.default:
+            yield "convolution", size
+            x = node.args[0].meta["val"]
+            if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+                yield "copies", 2 * _bytes(node.args[0])
+        elif node.target is NORM:
+            yield "norm", size + _bytes(node.args[0])  # x is read twice
+        elif node.target is GRADIENT:
+            yield "norm's gradient", size + _bytes(node.args[0]) + _bytes(node.args[1])  # dy and x are
+        elif node.target in (torch.ops.gpu_plan.attention.default, torch.ops.gpu_plan.attention_backward.default):
+            yield "attention", size
+        elif node.target in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
+            yield "matrix product", size
+        elif node.target is torch.ops.sda_fast.guidance.default:
+            yield "low-pass gradient", size
+
+
+def _bytes(node: fx.Node) -> int:
+    tensors = [v for v in torch.utils._pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def fusions(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, int]]:
+    """(class, bytes) of the kernels that the compiler writes itself."""
+
+    sizes: list[int] = []
+
+    def stop(lowering: GraphLowering) -> None:
+        lowering.codegen()
+        for node in lowering.scheduler.nodes:
+            if not isinstance(node, NopKernelSchedulerNode | ExternKernelSchedulerNode):
+                sizes.append(node.get_read_write_buffers_sizes())
+        raise RuntimeError("nothing is compiled")
+
+    mode = inputs[0].fake_mode  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(GraphLowering, "compile_to_module", stop))
+        stack.enter_context(inductor_config.patch(fx_graph_cache=False, compile_threads=1))
+        stack.enter_context(tracing(TracingContext(mode)))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        try:
+            compile_fx_inner(graph, list(inputs))
+        except Exception:
+            if not sizes:
+                raise
+    yield from (("elementwise", size) for size in sizes)
+
+
+def table(plans: dict[bool, dict[str, dict[str, int]]], batch: int) -> str:
+    lines = [f"{'':18}{'as traced':>24}{'with fusion into norms':>28}"]
+    names = sorted({name for plan in plans.values() for name in plan})
+    for name in [*names, "all"]:
+        line = f"{name:18}"
+        for fused, width in ((False, 24), (True, 28)):
+            rows = plans[fused].values() if name == "all" else [plans[fused].get(name, {"kernels": 0, "bytes": 0})]
+            kernels, size = sum(r["kernels"] for r in rows), sum(r["bytes"] for r in rows) / batch / 1e9
+            line += f"{f'{kernels} kernels  {size:7.3f} GB':>{width}}"
+        lines.append(line)
+    return "\n".join([*lines, "GB per image"])
+
+
+if __name__ == "__main__":
+    main()

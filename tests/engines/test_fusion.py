@@ -1,0 +1,122 @@
+"""What norms take over from the graph around them: which sums, which not, and the same numbers afterwards."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
+
+from sda_fast.bench import random_model
+from sda_fast.bench.step import relative_error
+from sda_fast.diffusion import LowPass
+from sda_fast.engines import GuidedStep
+from sda_fast.engines.eager import EagerEngine
+from sda_fast.engines.fusion import GRADIENT, NORM, fuse_into_norms
+from sda_fast.engines.graph import trace
+from sda_fast.models import ADM
+
+aten = torch.ops.aten
+CONVOLUTION, ADD = aten.convolution.default, aten.add.Tensor
+
+
+@pytest.fixture(scope="module")
+def adm():
+    sizes = dict(model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,))
+    return random_model(ADM, dict(image_size=32, num_head_channels=64, **sizes)).eval()
+
+
+def graph_of(adm, precision):
+    step = GuidedStep(adm, LowPass(32, 4), precision)
+    inputs = step.example(4)
+    return step, inputs, trace(step, inputs, channels_last=True)
+
+
+def nodes(graph, target):
+    return graph.graph.find_nodes(op="call_function", target=target)
+
+
+def is_norms_bias(node):
+    return node.args[2] is not None and {user.target for user in node.users} <= {NORM, GRADIENT}
+
+
+def is_summed(node):
+    return [user.target for user in node.users] == [ADD]
+
+
+def test_what_norms_take(adm):
+    _, _, graph = graph_of(adm, "bf16")
+    with_bias = sum(map(is_norms_bias, nodes(graph, CONVOLUTION)))
+    summed, adds = sum(map(is_summed, nodes(graph, GRADIENT))), len(nodes(graph, ADD))
+    convolutions, gradients = len(nodes(graph, CONVOLUTION)), len(nodes(graph, GRADIENT))
+    biases, sums = fuse_into_norms(graph)
+    assert 0 < biases == with_bias
+    assert 0 < sums <= summed
+    assert len(nodes(graph, ADD)) == adds - sums
+    assert (len(nodes(graph, CONVOLUTION)), len(nodes(graph, GRADIENT))) == (convolutions, gradients)
+    assert not any(map(is_norms_bias, nodes(graph, CONVOLUTION)))
+    # The forward and the backward pass of a norm are given one bias.
+    given = [sum("x_bias" in node.kwargs for node in nodes(graph, target)) for target in (NORM, GRADIENT)]
+    assert given == [biases, biases]
+    assert sum("residual" in node.kwargs for node in nodes(graph, GRADIENT)) == sums
+    # What is left to add to a gradient is added to one that has its residual, or has another shape or dtype.
+    for node in filter(is_summed, nodes(graph, GRADIENT)):
+        assert "residual" in node.kwargs or len({a.meta["val"].dtype for a in next(iter(node.users)).args}) > 1
+    graph.graph.lint()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_numbers(adm, precision):
+    """In float32 but for rounding; in half precision about as far from float32 as before."""
+    step, inputs, graph = graph_of(adm, precision)
+    before = graph(*inputs)
+    fuse_into_norms(graph)
+    after = graph(*inputs)
+    exact = EagerEngine().prepare(GuidedStep(adm, LowPass(32, 4)), inputs).run(*inputs)
+    for name, a, b, e in zip(step.outputs, after, before, exact, strict=True):
+        if precision == "fp32":
+            assert relative_error(a, b) < 1e-5
+        elif name != "squares":  # one number per image, which can be right by chance
+            # A pixel that rounding takes over the edge of [-1, 1] changes the gradient by itself.
+            assert 0 < relative_error(a, e) <= (1.05 if name == "out" else 1.5) * relative_error(b, e)
+
+
+def norm(x, weight, bias):
+    return NORM(x, weight, bias, 4, 1e-5, None, None, True)
+
+
+def gradient(dy, x, weight, bias):
+    _, mean, rstd = norm(x, weight, bias)
+    return GRADIENT(dy, x, weight, bias, mean, rstd, None, None, 4, True)
+
+
+# Of x [2, 8, 4, 4], what a convolution makes of it, and a norm's weight and bias; with what is fused.
+CASES = {
+    "a convolution before a norm": (lambda x, h, w, b: norm(h, w, b)[0], (1, 0)),
+    "and before its gradient": (lambda x, h, w, b: gradient(x, h, w, b), (1, 0)),
+    "that others see as well": (lambda x, h, w, b: (norm(h, w, b)[0], h + x), (0, 0)),
+    "that is a norm's cotangent": (lambda x, h, w, b: gradient(h, x, w, b), (0, 0)),
+    "that is its own cotangent": (lambda x, h, w, b: gradient(h, h, w, b), (0, 0)),
+    "a gradient and another": (lambda x, h, w, b: gradient(x, x, w, b) + h, (0, 1)),
+    "another and a gradient": (lambda x, h, w, b: h + gradient(x, x, w, b), (0, 1)),
+    "a gradient and itself": (lambda x, h, w, b: torch.add(*[gradient(x, x, w, b)] * 2), (0, 0)),
+    "a gradient and a number": (lambda x, h, w, b: gradient(x, x, w, b) + 1.5, (0, 0)),
+    "a gradient and a vector": (lambda x, h, w, b: gradient(x, x, w, b) + h[:1], (0, 0)),
+    "a gradient and float64": (lambda x, h, w, b: gradient(x, x, w, b) + h.double(), (0, 0)),
+    "a gradient and twice another": (lambda x, h, w, b: torch.add(gradient(x, x, w, b), h, alpha=2), (0, 0)),
+    "a gradient that others see": (lambda x, h, w, b: (lambda dx: (dx + h, dx))(gradient(x, x, w, b)), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_left_alone(case):
+    function, expected = CASES[case]
+    torch.manual_seed(0)
+    x, kernel, offset, weight, bias = (torch.randn(*s) for s in ((2, 8, 4, 4), (8, 8, 1, 1), *[(8,)] * 3))
+
+    def network(x):
+        return function(x, torch.conv2d(x, kernel, offset), weight, bias)
+
+    graph = make_fx(network)(x)
+    before = tree_leaves(graph(x))
+    assert fuse_into_norms(graph) == expected
+    for a, b in zip(tree_leaves(graph(x)), before, strict=True):
+        assert (a - b).abs().max() < 1e-5
