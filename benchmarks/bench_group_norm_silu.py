@@ -4,7 +4,8 @@ The baseline is what PyTorch users write: `group_norm`, a product and a sum with
 is autograd through these. Errors are against the plain version in float32, on the same inputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,53 @@ def cases_of(x: Tensor, backend: str, layout: str) -> Iterator[Case]:
         tolerance=16 * last_place,
         baseline=lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True),
         baseline_name="autograd of these",
+        **names,
+    )
+    if device.type == "cuda" or x.numel() < 10_000:  # only the GPU's engines ask for it: `engines.fusion`
+        yield split_case(x, dy, (weight, bias, scale, shift), theirs, 24 * last_place, names)
+
+
+def split_case(
+    x: Tensor,
+    dy: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    theirs: Callable[[Tensor], Tensor],
+    tolerance: float,
+    names: dict[str, Any],
+) -> Case:
+    """The gradient of a norm after a convolution whose bias it takes, plus another gradient, in two parts."""
+    weight, bias, scale, shift = parameters
+    x_bias, residual = torch.randn(x.shape[1], device=x.device), torch.randn_like(x)
+    first = x.shape[1] // 2
+    raised = plain.add_channels(x.float(), x_bias)
+    statistics = plain.group_norm_statistics(raised, GROUPS, EPS)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        rest = (*statistics, scale, shift, GROUPS, True, first, x_bias, residual)
+        with ops.backend(names["backend"]):
+            return torch.ops.sda_fast.group_norm_silu_backward_split(dy, x, weight, bias, *rest)
+
+    leaf = raised.to(x.dtype).requires_grad_()
+    y = theirs(leaf)
+
+    def baseline() -> list[Tensor]:
+        total = torch.autograd.grad(y, leaf, dy, retain_graph=True)[0] + residual
+        memory_format = LAYOUTS[names["layout"]]
+        return [part.contiguous(memory_format=memory_format) for part in total.tensor_split([first], dim=1)]
+
+    def error() -> float:
+        rest = (*statistics, scale, shift, GROUPS, True, None, residual.float())
+        expected = plain.group_norm_silu_backward(dy.float(), raised, weight, bias, *rest)
+        return (torch.cat(ours(), 1).float() - expected).abs().max().item()
+
+    return Case(
+        op="group_norm_silu_backward_split",
+        run=ours,
+        bytes=6 * x.numel() * x.element_size(),
+        error=error,
+        tolerance=tolerance,
+        baseline=baseline,
+        baseline_name="autograd, a sum, two copies",
         **names,
     )
 

@@ -6,7 +6,7 @@ The step is traced on tensors without memory and given to PyTorch's compiler as 
 schedule says what it fuses and how many bytes that moves. Of convolutions, products, norms and attention the bytes are
 those of their operands, of norms as often as their kernels read them. cuDNN takes dense images only, so PyTorch copies
 a slice of channels before a convolution: "copies". Nothing is compiled or run. Planned once as traced and once with
-what `engines.fusion` changes; prints a table, adds two rows to FILE.
+`engines.fusion`; prints a table, adds two rows to FILE.
 """
 
 import argparse
@@ -36,10 +36,11 @@ from torch.nn import functional as F
 from sda_fast.bench.measure import environment
 from sda_fast.bench.models import PRESETS, architecture
 from sda_fast.bench.step import fake_step
-from sda_fast.engines.fusion import GRADIENT, NORM, fuse_into_norms
+from sda_fast.engines.fusion import GRADIENT, NORM, SPLIT_GRADIENT, fuse_for_gpu
 from sda_fast.engines.graph import trace
 
 aten = torch.ops.aten
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten._addmm_activation.default)
 H200 = dict(major=9, minor=0, multi_processor_count=132, warp_size=32, max_threads_per_multi_processor=2048)
 H200 |= dict(regs_per_multiprocessor=65536, shared_memory_per_block_optin=232448, shared_memory_per_block=49152)
 H200 |= dict(name="NVIDIA H200", total_memory=139 << 30, L2_cache_size=50 << 20, gcnArchName="")
@@ -57,7 +58,7 @@ def main() -> None:
         kind, config = architecture(options.preset)
         plans[fused] = plan(kind, config, options.precision, options.batch, fused)
         row = {"benchmark": "gpu plan", "preset": options.preset, "precision": options.precision}
-        row |= {"batch": options.batch, "fused_into_norms": fused, "classes": plans[fused]}
+        row |= {"batch": options.batch, "fused": fused, "classes": plans[fused]}
         row |= {key: environment("cpu")[key] for key in ("torch", "triton", "commit")}
         if options.output:
             with options.output.open("a") as file:
@@ -71,7 +72,7 @@ def plan(kind: Any, config: dict[str, Any], precision: Any, batch: int, fused: b
         with mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v: attention(q, k, v)[0]):
             graph = trace(step, example, channels_last=True)
         if fused:
-            fuse_into_norms(graph)
+            fuse_for_gpu(graph)
         there, inputs = moved(graph, example)
         kernels: Counter[str] = Counter()
         moves: Counter[str] = Counter()
@@ -186,11 +187,11 @@ def operators(graph: fx.GraphModule) -> Iterator[tuple[str, int]]:
                 yield "copies", 2 * _bytes(node.args[0])
         elif node.target is NORM:
             yield "norm", size + _bytes(node.args[0])  # x is read twice
-        elif node.target is GRADIENT:
+        elif node.target in (GRADIENT, SPLIT_GRADIENT):
             yield "norm's gradient", size + _bytes(node.args[0]) + _bytes(node.args[1])  # dy and x are
         elif node.target in (torch.ops.gpu_plan.attention.default, torch.ops.gpu_plan.attention_backward.default):
             yield "attention", size
-        elif node.target in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
+        elif node.target in PRODUCTS:
             yield "matrix product", size
         elif node.target is torch.ops.sda_fast.guidance.default:
             yield "low-pass gradient", size
@@ -229,11 +230,11 @@ def fusions(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple
 
 
 def table(plans: dict[bool, dict[str, dict[str, int]]], batch: int) -> str:
-    lines = [f"{'':18}{'as traced':>24}{'with fusion into norms':>28}"]
+    lines = [f"{'':18}{'as traced':>24}{'fused':>24}"]
     names = sorted({name for plan in plans.values() for name in plan})
     for name in [*names, "all"]:
         line = f"{name:18}"
-        for fused, width in ((False, 24), (True, 28)):
+        for fused, width in ((False, 24), (True, 24)):
             rows = plans[fused].values() if name == "all" else [plans[fused].get(name, {"kernels": 0, "bytes": 0})]
             kernels, size = sum(r["kernels"] for r in rows), sum(r["bytes"] for r in rows) / batch / 1e9
             line += f"{f'{kernels} kernels  {size:7.3f} GB':>{width}}"

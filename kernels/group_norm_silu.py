@@ -32,8 +32,8 @@ MERGE_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}  # of the kernels tha
 # possible.
 NUMBERS = ["spatial", "splits", "per_split", "slots", "eps", "pitch_dy", "pitch_x", "pitch_y", "pitch_dx"]
 NUMBERS += ["stride_dy", "stride_x", "stride_y", "stride_dx", "stride_scale", "stride_shift"]
-NUMBERS += ["pitch_residual", "stride_residual"]
-POINTERS = ["p_dy", "p_x", "p_y", "p_dx", "p_residual", "p_parts", "p_pull", "p_drift", "p_mean", "p_rstd"]
+NUMBERS += ["pitch_residual", "stride_residual", "pitch_rest", "stride_rest"]
+POINTERS = ["p_dy", "p_x", "p_y", "p_dx", "p_rest", "p_residual", "p_parts", "p_pull", "p_drift", "p_mean", "p_rstd"]
 POINTERS += ["p_weight", "p_bias", "p_scale", "p_shift", "p_x_bias"]
 jit = triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 
@@ -469,15 +469,16 @@ def compilations_of(
         cut = plan(channels, groups, spatial, channels_last, itemsize, tile)
         constants = constants_of(cut, groups, channels // groups, channels_last)
         constants |= {"SILU": True, "SLOTS": triton.next_power_of_2(cut.splits * cut.parts)}
+        constants["FIRST"] = channels // 2
         types = dict.fromkeys(NUMBERS, "i32") | {"eps": "fp32"} | dict.fromkeys(POINTERS, "*fp32")
         types |= dict.fromkeys(
-            ("p_dy", "p_x", "p_y", "p_dx", "p_residual", "p_scale", "p_shift", "p_x_bias"), f"*{element}"
+            ("p_dy", "p_x", "p_y", "p_dx", "p_rest", "p_residual", "p_scale", "p_shift", "p_x_bias"), f"*{element}"
         )
         for kernel in kernels:
             if "SLOTS" in kernel.arg_names and spatial != 256**2:
                 continue  # the kernels that merge slots do not depend on the layout
             options = MERGE_OPTIONS if "SLOTS" in kernel.arg_names else options_of(cut)
-            optional = [name for name in ("p_x_bias", "p_residual") if name in kernel.arg_names]
+            optional = [name for name in ("p_x_bias", "p_rest", "p_residual") if name in kernel.arg_names]
             for absent in ([], optional) if optional else ([],):
                 every = constants | dict.fromkeys(absent)
                 chosen = {name: value for name, value in every.items() if name in kernel.arg_names}

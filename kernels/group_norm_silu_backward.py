@@ -156,6 +156,7 @@ def gradient_kernel(
     p_dy,
     p_x,
     p_dx,
+    p_rest,
     p_residual,
     p_pull,
     p_drift,
@@ -172,10 +173,12 @@ def gradient_kernel(
     stride_dy,
     stride_x,
     stride_dx,
+    stride_rest,
     stride_residual,
     pitch_dy,
     pitch_x,
     pitch_dx,
+    pitch_rest,
     pitch_residual,
     stride_scale,
     stride_shift,
@@ -185,10 +188,11 @@ def gradient_kernel(
     SILU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """dx, plus the residual, of one split of a block of channels."""
+    """dx, plus the residual, of one split of a block of channels. Those from FIRST on go to p_rest, if there is one."""
     i_block, i_split, i_image = place_of(splits, GROUPS, SIZE, PARTS, BLOCK_C)
     channel, i_group, m_channel = channels_of(i_block, GROUPS, SIZE, PARTS, BLOCK_C)
     mean, slope, offset = affine_of(
@@ -215,6 +219,9 @@ def gradient_kernel(
     p_cotangent = image_of(p_dy, i_image, stride_dy, VECTOR)
     p_from = image_of(p_x, i_image, stride_x, VECTOR)
     p_to = image_of(p_dx, i_image, stride_dx, VECTOR)
+    if p_rest is not None:
+        p_to_rest = image_of(p_rest, i_image, stride_rest, VECTOR)
+        m_first = across(channel < FIRST, CHANNELS_LAST)
     if p_residual is not None:
         p_added = image_of(p_residual, i_image, stride_residual, VECTOR)
     first, rows = split_of(i_split, per_split, spatial, CHANNELS_LAST, VECTOR)
@@ -233,14 +240,18 @@ def gradient_kernel(
         if p_residual is not None:
             o_added = offsets_of(channel, position, pitch_residual, CHANNELS_LAST, VECTOR)
             b_dx += tl.load(p_added + o_added, mask=m_tile, other=0.0).to(tl.float32)
-        tl.store(p_to + o_dx, b_dx.to(p_dx.dtype.element_ty), mask=m_tile)
+        b_dx = b_dx.to(p_dx.dtype.element_ty)
+        if p_rest is not None:
+            o_rest = offsets_of(channel - FIRST, position, pitch_rest, CHANNELS_LAST, VECTOR)
+            tl.store(p_to + o_dx, b_dx, mask=m_tile & m_first)
+            tl.store(p_to_rest + o_rest, b_dx, mask=m_tile & (m_first == 0))
+        else:
+            tl.store(p_to + o_dx, b_dx, mask=m_tile)
 
 
 def group_norm_silu_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    dx: torch.Tensor,
-    residual: torch.Tensor | None,
+    read: Sequence[torch.Tensor],
+    parts: Sequence[torch.Tensor],
     mean: torch.Tensor,
     rstd: torch.Tensor,
     weight: torch.Tensor,
@@ -250,31 +261,34 @@ def group_norm_silu_backward(
     x_bias: torch.Tensor | None,
     *,
     silu: bool,
-    layouts: Sequence[tuple[int, ...]],
+    layouts: Sequence[Sequence[tuple[int, ...]]],
 ) -> None:
-    """Writes dx; `layouts` are those of dy, x, dx and residual, the last one of no matter if there is none."""
-    cut, constants = cut_of(layouts[1], mean, x, TILE)
-    dy, stride_dy, pitch_dy = aligned(dy, layouts[0], cut)
-    x, stride_x, pitch_x = aligned(x, layouts[1], cut)
-    dx, stride_dx, pitch_dx = strides_of(dx, layouts[2])
-    stride_residual = pitch_residual = 0
-    if residual is not None:
-        residual, stride_residual, pitch_residual = aligned(residual, layouts[3], cut)
-    images, spatial, groups, options = len(mean), layouts[1][2], mean.shape[1], options_of(cut)
+    """Writes dx, the gradient plus the residual; `layouts` are those of `read` and of `parts`.
+
+    read: dy, x, and the residual if there is one. parts: dx, or its first and its other channels, numbers of which that
+    a 16-byte access divides.
+    """
+    nothing = (None, 0, 0)
+    where_x = layouts[0][1]
+    cut, constants = cut_of(where_x, mean, read[1], TILE)
+    dy, x, residual = [*(aligned(t, where, cut) for t, where in zip(read, layouts[0], strict=True)), nothing][:3]
+    dx, rest = [*(strides_of(t, where) for t, where in zip(parts, layouts[1], strict=True)), nothing][:2]
+    images, spatial, groups, options = len(mean), where_x[2], mean.shape[1], options_of(cut)
     slots = cut.splits * cut.parts
-    parts = torch.empty(images, slots, 2, groups, dtype=torch.float32, device=x.device)
+    sums = torch.empty(images, slots, 2, groups, dtype=torch.float32, device=mean.device)
     pull, drift = torch.empty_like(mean), torch.empty_like(mean)
     grid, split = (images * cut.splits * cut.blocks,), (spatial, cut.splits, cut.per_split)
     rows = [0 if p is None else p.stride(0) for p in (scale, shift)]
     vectors = (mean, rstd, weight, bias, scale, shift, x_bias)
-    places = (stride_dy, stride_x, pitch_dy, pitch_x, *rows)
-    sums_kernel[grid](dy, x, parts, *vectors, *split, *places, SILU=silu, **constants, **options)
+    (p_dy, p_x), *places = zip(dy, x, strict=True)
+    numbers = (*places[0], *places[1], *rows)
+    sums_kernel[grid](p_dy, p_x, sums, *vectors, *split, *numbers, SILU=silu, **constants, **options)
     finish = {"GROUPS": groups, "SIZE": constants["SIZE"], "SLOTS": triton.next_power_of_2(slots)}
-    finish_sums_kernel[(images * groups,)](parts, rstd, pull, drift, spatial, slots, **finish, **MERGE_OPTIONS)
-    places = (stride_dy, stride_x, stride_dx, stride_residual, pitch_dy, pitch_x, pitch_dx, pitch_residual, *rows)
-    gradient_kernel[grid](
-        dy, x, dx, residual, pull, drift, *vectors, *split, *places, SILU=silu, **constants, **options
-    )
+    finish_sums_kernel[(images * groups,)](sums, rstd, pull, drift, spatial, slots, **finish, **MERGE_OPTIONS)
+    tensors, *places = zip(dy, x, dx, rest, residual, strict=True)
+    numbers = (*places[0], *places[1], *rows)
+    constants["FIRST"] = layouts[1][0][1]
+    gradient_kernel[grid](*tensors, pull, drift, *vectors, *split, *numbers, SILU=silu, **constants, **options)
 
 
 def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:

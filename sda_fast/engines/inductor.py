@@ -9,7 +9,7 @@ from torch._inductor import config as inductor_config
 
 from sda_fast.engines.base import preparing, versions
 from sda_fast.engines.cuda_graph import CudaGraph
-from sda_fast.engines.fusion import fuse_into_norms
+from sda_fast.engines.fusion import fuse_for_gpu
 from sda_fast.engines.graph import trace
 from sda_fast.engines.memory import peak_bytes
 from sda_fast.engines.steps import Step
@@ -54,7 +54,7 @@ class InductorProgram:
         if engine.winograd and not use_winograd(graph):
             raise SdaError("winograd takes none of this network's convolutions: leave it out")
         if example[0].is_cuda:  # on a CPU a convolution adds its bias itself, and sums were measured to cost the same
-            fuse_into_norms(graph)
+            fuse_for_gpu(graph)
         self._memory = peak_bytes(graph)
         compiled = torch.compile(graph, dynamic=False, fullgraph=True)
 

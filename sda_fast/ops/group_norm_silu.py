@@ -17,6 +17,7 @@ from sda_fast.ops._layout import norm_layout
 from sda_fast.reference import group_norm_silu as plain
 
 VERSIONS = ("cpp", "triton", "plain")
+WIDE = 8  # channels that a thread of Triton's version reads or writes at once, at most
 
 
 def group_norm_silu(
@@ -140,18 +141,13 @@ def _backward(
     if version == "plain":
         optional = (scale, shift, groups, silu, x_bias, residual)
         return dx.copy_(plain.group_norm_silu_backward(dy, x, weight, bias, mean, rstd, *optional))
+    vectors = _vectors(weight, bias, scale, shift, x_bias)
+    if version == "triton":
+        _gradient_in_triton(dy, x, [dx], residual, mean, rstd, vectors, silu)
+        return dx
     dy, mean, rstd = _in_format_of(dy, dx), mean.contiguous(), rstd.contiguous()
     added = dy if residual is None else _in_format_of(residual, dx)
-    vectors = _vectors(weight, bias, scale, shift, x_bias)
     layouts = [norm_layout(t, name) for t, name in ((dy, "dy"), (x, "x"), (dx, "dx"), (added, "residual"))]
-    if version == "triton":
-        from sda_fast.kernels import group_norm_silu_backward as kernel
-
-        with on_device_of(x):
-            kernel.group_norm_silu_backward(
-                dy, x, dx, None if residual is None else added, mean, rstd, *vectors, silu=silu, layouts=layouts
-            )
-        return dx
     c = core()
     parameters, _alive = _parameters(vectors, groups, silu)
     addresses = (dy.data_ptr(), x.data_ptr(), dx.data_ptr(), 0 if residual is None else added.data_ptr())
@@ -180,6 +176,83 @@ def _(
     residual: Tensor | None = None,
 ) -> Tensor:
     return _empty_like(x)
+
+
+def _gradient_in_triton(
+    dy: Tensor,
+    x: Tensor,
+    parts: list[Tensor],
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    vectors: list[Tensor | None],
+    silu: bool,
+) -> None:
+    """Writes the gradient into `parts`, one or two, whose channels follow each other."""
+    from sda_fast.kernels import group_norm_silu_backward as kernel
+
+    dy, mean, rstd = _in_format_of(dy, parts[0]), mean.contiguous(), rstd.contiguous()
+    read = [dy, x] if residual is None else [dy, x, _in_format_of(residual, parts[0])]
+    layouts = [[norm_layout(t, "a tensor") for t in tensors] for tensors in (read, parts)]
+    with on_device_of(x):
+        kernel.group_norm_silu_backward(read, parts, mean, rstd, *vectors, silu=silu, layouts=layouts)
+
+
+@torch.library.custom_op("sda_fast::group_norm_silu_backward_split", mutates_args=())
+def _backward_split(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    silu: bool,
+    first: int,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """group_norm_silu_backward's result as two tensors without gaps, of the `first` channels and of the others: what
+    the parts of a concatenation are given."""
+    parts = _empty_parts(x, first)
+    whole = (weight, bias, mean, rstd, scale, shift, groups, silu, x_bias, residual)
+    in_triton = select("group_norm_silu", x.device, VERSIONS) == "triton"
+    if not in_triton or x.numel() == 0 or first % WIDE or x.shape[1] % WIDE:
+        for part, values in zip(parts, _backward(dy, x, *whole).tensor_split([first], dim=1), strict=True):
+            part.copy_(values)
+        return parts
+    _check(x, weight, bias, groups, 0.0, scale, shift, x_bias)
+    _check_cotangent(dy, x, mean, rstd, groups, residual)
+    vectors = _vectors(weight, bias, scale, shift, x_bias)
+    _gradient_in_triton(dy, x, list(parts), residual, mean, rstd, vectors, silu)
+    return parts
+
+
+@_backward_split.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    silu: bool,
+    first: int,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _empty_parts(x, first)
+
+
+def _empty_parts(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    if not 0 < first < x.shape[1]:
+        raise SdaError(f"first is {first}; choose a number of channels between 0 and the {x.shape[1]} of x.")
+    return _empty_like(x[:, :first]), _empty_like(x[:, first:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

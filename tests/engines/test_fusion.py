@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from sda_fast.bench import random_model
@@ -10,12 +11,12 @@ from sda_fast.bench.step import relative_error
 from sda_fast.diffusion import LowPass
 from sda_fast.engines import GuidedStep
 from sda_fast.engines.eager import EagerEngine
-from sda_fast.engines.fusion import GRADIENT, NORM, fuse_into_norms
+from sda_fast.engines.fusion import GRADIENT, NORM, SPLIT_GRADIENT, Fused, fuse_for_gpu
 from sda_fast.engines.graph import trace
 from sda_fast.models import ADM
 
 aten = torch.ops.aten
-CONVOLUTION, ADD = aten.convolution.default, aten.add.Tensor
+CONVOLUTION, ADD, SLICE = aten.convolution.default, aten.add.Tensor, aten.slice.Tensor
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +48,23 @@ def test_what_norms_take(adm):
     with_bias = sum(map(is_norms_bias, nodes(graph, CONVOLUTION)))
     summed, adds = sum(map(is_summed, nodes(graph, GRADIENT))), len(nodes(graph, ADD))
     convolutions, gradients = len(nodes(graph, CONVOLUTION)), len(nodes(graph, GRADIENT))
-    biases, sums = fuse_into_norms(graph)
+    concatenations = len(adm.output_blocks)
+    assert len(nodes(graph, SLICE)) == 2 * concatenations
+    biases, sums, cuts, _ = fuse_for_gpu(graph)
     assert 0 < biases == with_bias
     assert 0 < sums <= summed
+    assert cuts == concatenations
+    assert not nodes(graph, SLICE)
     assert len(nodes(graph, ADD)) == adds - sums
-    assert (len(nodes(graph, CONVOLUTION)), len(nodes(graph, GRADIENT))) == (convolutions, gradients)
+    after = nodes(graph, GRADIENT) + nodes(graph, SPLIT_GRADIENT)
+    assert (len(nodes(graph, CONVOLUTION)), len(after)) == (convolutions, gradients)
     assert not any(map(is_norms_bias, nodes(graph, CONVOLUTION)))
     # The forward and the backward pass of a norm are given one bias.
-    given = [sum("x_bias" in node.kwargs for node in nodes(graph, target)) for target in (NORM, GRADIENT)]
+    given = [sum("x_bias" in node.kwargs for node in some) for some in (nodes(graph, NORM), after)]
     assert given == [biases, biases]
-    assert sum("residual" in node.kwargs for node in nodes(graph, GRADIENT)) == sums
+    assert sum("residual" in node.kwargs for node in after) == sums
     # What is left to add to a gradient is added to one that has its residual, or has another shape or dtype.
-    for node in filter(is_summed, nodes(graph, GRADIENT)):
+    for node in filter(is_summed, after):
         assert "residual" in node.kwargs or len({a.meta["val"].dtype for a in next(iter(node.users)).args}) > 1
     graph.graph.lint()
 
@@ -68,7 +74,7 @@ def test_the_same_numbers(adm, precision):
     """In float32 but for rounding; in half precision about as far from float32 as before."""
     step, inputs, graph = graph_of(adm, precision)
     before = graph(*inputs)
-    fuse_into_norms(graph)
+    fuse_for_gpu(graph)
     after = graph(*inputs)
     exact = EagerEngine().prepare(GuidedStep(adm, LowPass(32, 4)), inputs).run(*inputs)
     for name, a, b, e in zip(step.outputs, after, before, exact, strict=True):
@@ -88,21 +94,33 @@ def gradient(dy, x, weight, bias):
     return GRADIENT(dy, x, weight, bias, mean, rstd, None, None, 4, True)
 
 
+def slices(dx, *spans):
+    return [dx[:, start:end] for start, end in spans]
+
+
 # Of x [2, 8, 4, 4], what a convolution makes of it, and a norm's weight and bias; with what is fused.
 CASES = {
-    "a convolution before a norm": (lambda x, h, w, b: norm(h, w, b)[0], (1, 0)),
-    "and before its gradient": (lambda x, h, w, b: gradient(x, h, w, b), (1, 0)),
-    "that others see as well": (lambda x, h, w, b: (norm(h, w, b)[0], h + x), (0, 0)),
-    "that is a norm's cotangent": (lambda x, h, w, b: gradient(h, x, w, b), (0, 0)),
-    "that is its own cotangent": (lambda x, h, w, b: gradient(h, h, w, b), (0, 0)),
-    "a gradient and another": (lambda x, h, w, b: gradient(x, x, w, b) + h, (0, 1)),
-    "another and a gradient": (lambda x, h, w, b: h + gradient(x, x, w, b), (0, 1)),
-    "a gradient and itself": (lambda x, h, w, b: torch.add(*[gradient(x, x, w, b)] * 2), (0, 0)),
-    "a gradient and a number": (lambda x, h, w, b: gradient(x, x, w, b) + 1.5, (0, 0)),
-    "a gradient and a vector": (lambda x, h, w, b: gradient(x, x, w, b) + h[:1], (0, 0)),
-    "a gradient and float64": (lambda x, h, w, b: gradient(x, x, w, b) + h.double(), (0, 0)),
-    "a gradient and twice another": (lambda x, h, w, b: torch.add(gradient(x, x, w, b), h, alpha=2), (0, 0)),
-    "a gradient that others see": (lambda x, h, w, b: (lambda dx: (dx + h, dx))(gradient(x, x, w, b)), (0, 0)),
+    "a convolution before a norm": (lambda x, h, w, b: norm(h, w, b)[0], (1, 0, 0)),
+    "and before its gradient": (lambda x, h, w, b: gradient(x, h, w, b), (1, 0, 0)),
+    "that others see as well": (lambda x, h, w, b: (norm(h, w, b)[0], h + x), (0, 0, 0)),
+    "that is a norm's cotangent": (lambda x, h, w, b: gradient(h, x, w, b), (0, 0, 0)),
+    "that is its own cotangent": (lambda x, h, w, b: gradient(h, h, w, b), (0, 0, 0)),
+    "a gradient and another": (lambda x, h, w, b: gradient(x, x, w, b) + h, (0, 1, 0)),
+    "another and a gradient": (lambda x, h, w, b: h + gradient(x, x, w, b), (0, 1, 0)),
+    "a gradient and itself": (lambda x, h, w, b: torch.add(*[gradient(x, x, w, b)] * 2), (0, 0, 0)),
+    "a gradient and a number": (lambda x, h, w, b: gradient(x, x, w, b) + 1.5, (0, 0, 0)),
+    "a gradient and a vector": (lambda x, h, w, b: gradient(x, x, w, b) + h[:1], (0, 0, 0)),
+    "a gradient and float64": (lambda x, h, w, b: gradient(x, x, w, b) + h.double(), (0, 0, 0)),
+    "a gradient and twice another": (lambda x, h, w, b: torch.add(gradient(x, x, w, b), h, alpha=2), (0, 0, 0)),
+    "a gradient that others see": (lambda x, h, w, b: (lambda dx: (dx + h, dx))(gradient(x, x, w, b)), (0, 0, 0)),
+    "a gradient in two": (lambda x, h, w, b: slices(gradient(x, x, w, b), (0, 6), (6, 8)), (0, 0, 1)),
+    "a sum in two": (lambda x, h, w, b: slices(gradient(x, x, w, b) + h, (4, 8), (0, 4)), (0, 1, 1)),
+    "a gradient in three": (lambda x, h, w, b: slices(gradient(x, x, w, b), (0, 2), (2, 6), (6, 8)), (0, 0, 0)),
+    "parts that overlap": (lambda x, h, w, b: slices(gradient(x, x, w, b), (0, 6), (4, 8)), (0, 0, 0)),
+    "parts that leave some": (lambda x, h, w, b: slices(gradient(x, x, w, b), (0, 4), (5, 8)), (0, 0, 0)),
+    "one part": (lambda x, h, w, b: slices(gradient(x, x, w, b), (0, 4)), (0, 0, 0)),
+    "rows": (lambda x, h, w, b: (lambda dx: (dx[:, :, :2], dx[:, :, 2:]))(gradient(x, x, w, b)), (0, 0, 0)),
+    "every other channel": (lambda x, h, w, b: (lambda dx: (dx[:, ::2], dx[:, 4:]))(gradient(x, x, w, b)), (0, 0, 0)),
 }
 
 
@@ -117,6 +135,50 @@ def test_what_is_left_alone(case):
 
     graph = make_fx(network)(x)
     before = tree_leaves(graph(x))
-    assert fuse_into_norms(graph) == expected
+    assert fuse_for_gpu(graph) == Fused(*expected)
     for a, b in zip(tree_leaves(graph(x)), before, strict=True):
         assert (a - b).abs().max() < 1e-5
+
+
+def product(x, weight, bias):
+    return torch.addmm(bias, x, weight)
+
+
+def tanh_gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+GELUS = {
+    "tanh's": (lambda x, w, b: tanh_gelu(product(x, w, b)), 1),
+    "of a view": (lambda x, w, b: tanh_gelu(product(x, w, b).view(2, 2, 8)) + 1, 1),
+    "the exact one": (lambda x, w, b: F.gelu(product(x, w, b)), 0),
+    "of what others see": (lambda x, w, b: (lambda y: (tanh_gelu(y), y + 1))(product(x, w, b)), 0),
+    "of a product without a bias": (lambda x, w, b: tanh_gelu(x @ w), 0),
+    "of a matrix's sum with a product": (lambda x, w, b: tanh_gelu(torch.addmm(x, x, w)), 0),
+    "of half a product": (lambda x, w, b: tanh_gelu(torch.addmm(b, x, w, alpha=0.5)), 0),
+    "of no product": (lambda x, w, b: tanh_gelu(x), 0),
+}
+
+
+@pytest.mark.parametrize("case", GELUS)
+def test_gelu(case, monkeypatch):
+    network, expected = GELUS[case]
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(4, 8), torch.randn(8, 8), torch.randn(8)
+    graph = make_fx(network)(x, weight, bias)
+    before = tree_leaves(graph(x, weight, bias))
+    assert fuse_for_gpu(graph) == Fused(gelus=expected)
+    for node in nodes(graph, aten._addmm_activation.default):  # on a CPU it is the exact one
+        assert node.kwargs == {"use_gelu": True}
+        node.target, node.kwargs = (lambda b, x, w: tanh_gelu(torch.addmm(b, x, w))), {}
+    graph.recompile()
+    for a, b in zip(tree_leaves(graph(x, weight, bias)), before, strict=True):
+        assert (a - b).abs().max() < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_gelu_of_a_product_on_the_device():
+    x, weight, bias = (torch.randn(s, device="cuda") for s in ((64, 128), (128, 256), 256))
+    found = torch.ops.aten._addmm_activation(bias, x, weight, use_gelu=True)
+    assert (found - tanh_gelu(product(x, weight, bias))).abs().max() < 1e-4

@@ -188,6 +188,52 @@ def interpreted(interpret):
     return dict(zip(cases, zip(cases.values(), forwards, gradients, backwards, strict=True), strict=True))
 
 
+SPLIT_CASES = {
+    (layout, channels, first): raised(arguments((2, channels, 7, 5), 8, dtype, layout))
+    for layout in LAYOUTS
+    # In one tile, in several, at a group's edge and within a group; a part that no wide access takes.
+    for dtype, channels, first in (
+        (torch.float32, 16, 8),
+        (torch.bfloat16, 48, 16),
+        (torch.float16, 528, 264),
+        (torch.float32, 16, 6),
+    )
+}
+
+
+def split(*args):
+    return torch.ops.sda_fast.group_norm_silu_backward_split(*args)
+
+
+def split_arguments(args, first):
+    _, mean, rstd = forward(*args)
+    *gradient, x_bias, residual = backward_arguments(args, mean, rstd)
+    return *gradient, first, x_bias, residual
+
+
+@pytest.mark.parametrize("case", SPLIT_CASES)
+def test_split(case):
+    layout, channels, first = case
+    *gradient, _, x_bias, residual = split_arguments(SPLIT_CASES[case], first)
+    parts = split(*gradient, first, x_bias, residual)
+    assert [p.shape[1] for p in parts] == [first, channels - first]
+    assert all(p.is_contiguous(memory_format=LAYOUTS[layout]) for p in parts)
+    assert torch.equal(torch.cat(parts, 1), backward(*gradient, x_bias, residual))
+    for wrong in (0, channels):
+        with pytest.raises(SdaError, match=f"first is {wrong}; choose a number of channels between 0 and the"):
+            split(*gradient, wrong, x_bias, residual)
+
+
+def test_split_in_triton(interpret):
+    gradients = [split_arguments(args, first) for (_, _, first), args in SPLIT_CASES.items()]
+    found = interpret((MODULE, "_backward_split", args, {}) for args in gradients)
+    whole = interpret((MODULE, "_backward", (*args[:10], *args[11:]), {}) for args in gradients)
+    for (layout, _, first), parts, dx in zip(SPLIT_CASES, found, whole, strict=True):
+        assert parts[0].shape[1] == first
+        assert all(p.is_contiguous(memory_format=LAYOUTS[layout]) for p in parts)
+        assert torch.equal(torch.cat(parts, 1), dx)
+
+
 def triton_cases():
     for layout in LAYOUTS:
         for case in SMALL_CASES:
@@ -439,6 +485,7 @@ def test_opcheck(layout):
     args = raised(arguments((2, 8, 5, 3), 4, layout=layout))
     _, mean, rstd = forward(*args)
     torch.library.opcheck(torch.ops.sda_fast.group_norm_silu_backward.default, backward_arguments(args, mean, rstd))
+    torch.library.opcheck(torch.ops.sda_fast.group_norm_silu_backward_split.default, split_arguments(args, 3))
     args[0].requires_grad_()
     torch.library.opcheck(torch.ops.sda_fast.group_norm_silu.default, args)
 
@@ -562,3 +609,10 @@ def test_an_image_is_alone_on_the_device(shape, layout):
         for k in range(3):
             assert torch.equal(alone[k][0], batch[k][i])
             assert torch.equal(view[k][0], batch[k][i])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SPLIT_CASES)
+def test_split_on_the_device(case):
+    args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in split_arguments(SPLIT_CASES[case], case[2])]
+    assert torch.equal(torch.cat(split(*args), 1), backward(*args[:10], *args[11:]))
