@@ -1,4 +1,4 @@
-"""What the inductor engine would run on a GPU, planned without one: kernels and bytes of a step, by class.
+"""What the inductor engine would run on a GPU, planned without one: calls and bytes of a step, by class.
 
     python benchmarks/gpu_plan.py [--preset adm-256-uncond] [--precision bf16] [--batch 16] [--output FILE.jsonl]
 
@@ -67,19 +67,19 @@ def main() -> None:
 
 
 def plan(kind: Any, config: dict[str, Any], precision: Any, batch: int, fused: bool) -> dict[str, dict[str, int]]:
-    """By class: kernels, and the bytes that they read and write."""
+    """By class: calls of operators or kernels of the compiler's, and the bytes that they read and write."""
     with fake_step(kind, config, precision, batch) as (step, example), on_a_gpu():
         with mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v: attention(q, k, v)[0]):
             graph = trace(step, example, channels_last=True)
         if fused:
             fuse_for_gpu(graph)
         there, inputs = moved(graph, example)
-        kernels: Counter[str] = Counter()
+        calls: Counter[str] = Counter()
         moves: Counter[str] = Counter()
         for name, size in [*operators(there), *fusions(there, inputs)]:
-            kernels[name] += 1
+            calls[name] += 1
             moves[name] += size
-    return {name: {"kernels": kernels[name], "bytes": moves[name]} for name in sorted(kernels)}
+    return {name: {"calls": calls[name], "bytes": moves[name]} for name in sorted(calls)}
 
 
 @torch.library.custom_op("gpu_plan::attention", mutates_args=())
@@ -230,14 +230,14 @@ def fusions(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple
 
 
 def table(plans: dict[bool, dict[str, dict[str, int]]], batch: int) -> str:
-    lines = [f"{'':18}{'as traced':>24}{'fused':>24}"]
+    lines = [f"{'':18}{'as traced':>26}{'fused':>26}"]
     names = sorted({name for plan in plans.values() for name in plan})
     for name in [*names, "all"]:
         line = f"{name:18}"
-        for fused, width in ((False, 24), (True, 24)):
-            rows = plans[fused].values() if name == "all" else [plans[fused].get(name, {"kernels": 0, "bytes": 0})]
-            kernels, size = sum(r["kernels"] for r in rows), sum(r["bytes"] for r in rows) / batch / 1e9
-            line += f"{f'{kernels} kernels  {size:7.3f} GB':>{width}}"
+        for fused, width in ((False, 26), (True, 26)):
+            rows = plans[fused].values() if name == "all" else [plans[fused].get(name, {"calls": 0, "bytes": 0})]
+            calls, size = sum(r["calls"] for r in rows), sum(r["bytes"] for r in rows) / batch / 1e9
+            line += f"{f'{calls} calls  {size:7.3f} GB':>{width}}"
         lines.append(line)
     return "\n".join([*lines, "GB per image"])
 
