@@ -29,24 +29,26 @@ PRESETS = {"adm": "adm-256-uncond", "dit": "dit-xl-2-256"}
 @dataclass(frozen=True)
 class Configuration:
     engine: str
-    cuda_graphs: bool | None
+    options: dict[str, bool]  # of the engine, other than its own
     precision: str
     batch: int
 
     def __str__(self) -> str:
-        graphs = {None: "", True: " with CUDA graphs", False: " without CUDA graphs"}[self.cuda_graphs]
-        return f"{self.engine}{graphs}, {self.precision}, batch {self.batch}"
+        options = "".join(f", {name.replace('_', ' ')} {value}" for name, value in self.options.items())
+        return f"{self.engine}{options}, {self.precision}, batch {self.batch}"
 
 
 def configurations(device: str, tiny: bool) -> list[Configuration]:
     """The most telling ones first."""
-    engines = [("inductor", True), ("inductor", False), ("eager", None)]
+    engines: list[tuple[str, dict[str, bool]]] = [("inductor", {}), ("inductor", {"cuda_graphs": False}), ("eager", {})]
+    unfused = Configuration("inductor", {"fusion": False}, "bf16", 32)
     if device == "cpu":
-        engines = [("eager", None)] if tiny else [("inductor", False), ("eager", None)]
+        engines = [("eager", {})] if tiny else [("inductor", {}), ("eager", {})]
     batches = (1, 2) if tiny else (8, 32, 16, 1)
-    return [
+    every = [
         Configuration(*engine, precision, n) for precision in ("bf16", "fp16") for n in batches for engine in engines
     ]
+    return every if device == "cpu" else [*every[:6], unfused, *every[6:]]
 
 
 def main() -> None:
@@ -86,10 +88,8 @@ def key(row: dict[str, Any]) -> str:
 
 
 def measure(model: Any, preset: str, asked: Configuration, device: str, repeats: int) -> dict[str, Any]:
-    options = {} if asked.cuda_graphs is None else {"cuda_graphs": asked.cuda_graphs}
-    settings: Any = {"engine": asked.engine, "precision": asked.precision, "batch": asked.batch, "options": options}
     try:
-        return bench_step(model, preset, **settings, device=device, repeats=repeats, profile=True)
+        return bench_step(model, preset, **asdict(asked), device=device, repeats=repeats, profile=True)
     except (torch.OutOfMemoryError, SdaError) as error:  # SdaError: an engine that could not be built
         full = isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError)
         reason = str(error).splitlines()[0]

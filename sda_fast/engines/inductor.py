@@ -24,12 +24,14 @@ class InductorEngine:
 
     cuda_graphs: replay a run as one CUDA graph (on a GPU). max_autotune: let the compiler time its choices, which
     takes much longer to prepare. winograd: 3x3 convolutions by minimal filtering, on the CPU in bf16 alone
-    (`engines.winograd`); the same function in real numbers, with up to twice the rounding error.
+    (`engines.winograd`); the same function in real numbers, with up to twice the rounding error. fusion: on a GPU,
+    what `engines.fusion` changes in the graph.
     """
 
     cuda_graphs: bool = True
     max_autotune: bool = False
     winograd: bool = False
+    fusion: bool = True
     name = "inductor"
 
     def check(self, step: Step, device: torch.device) -> None:
@@ -53,7 +55,9 @@ class InductorProgram:
         graph = trace(step, example, channels_last=True)
         if engine.winograd and not use_winograd(graph):
             raise SdaError("winograd takes none of this network's convolutions: leave it out")
-        if example[0].is_cuda:  # on a CPU a convolution adds its bias itself, and sums were measured to cost the same
+        if (
+            engine.fusion and example[0].is_cuda
+        ):  # on a CPU a convolution adds its bias itself, and sums were measured to cost the same
             fuse_for_gpu(graph)
         self._memory = peak_bytes(graph)
         compiled = torch.compile(graph, dynamic=False, fullgraph=True)
