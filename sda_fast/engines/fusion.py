@@ -28,10 +28,10 @@ class Fused(NamedTuple):
     gelus: int = 0
 
 
-def fuse_for_gpu(graph: fx.GraphModule) -> Fused:
+def fuse_for_gpu(graph: fx.GraphModule, *, products: bool = True) -> Fused:
     """Gives norms the bias of the convolution before them, their gradients what is added to these and where they are
-    cut, and products the GELU after them. What is taken over is computed in float32 and not rounded to the graph's
-    dtype in between. On a CPU the graph computes another GELU afterwards."""
+    cut, and products (if asked for) the GELU after them. What is added or applied is computed in float32 and not
+    rounded to the graph's dtype in between. On a CPU the graph computes another GELU afterwards."""
 
     def nodes(target: Any) -> list[fx.Node]:
         return list(graph.graph.find_nodes(op="call_function", target=target))
@@ -39,7 +39,7 @@ def fuse_for_gpu(graph: fx.GraphModule) -> Fused:
     biases = sum(_give_bias(node) for node in nodes(aten.convolution.default))
     sums = sum(_give_residual(graph, node) for node in nodes(GRADIENT))
     cuts = sum(_cut(graph, node) for node in nodes(GRADIENT))
-    gelus = sum(_give_gelu(graph, node) for node in nodes(aten.gelu.default))
+    gelus = sum(_give_gelu(graph, node) for node in nodes(aten.gelu.default)) if products else 0
     graph.recompile()
     return Fused(biases, sums, cuts, gelus)
 

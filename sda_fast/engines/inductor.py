@@ -58,7 +58,7 @@ class InductorProgram:
         if (
             engine.fusion and example[0].is_cuda
         ):  # on a CPU a convolution adds its bias itself, and sums were measured to cost the same
-            fuse_for_gpu(graph)
+            fuse_for_gpu(graph, products=not engine.max_autotune)  # its own products take what follows them
         self._memory = peak_bytes(graph)
         compiled = torch.compile(graph, dynamic=False, fullgraph=True)
 

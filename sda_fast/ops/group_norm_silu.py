@@ -252,7 +252,7 @@ def _(
 def _empty_parts(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
     if not 0 < first < x.shape[1]:
         raise SdaError(f"first is {first}; choose a number of channels between 0 and the {x.shape[1]} of x.")
-    return _empty_like(x[:, :first]), _empty_like(x[:, first:])
+    return _empty_like(x, first), _empty_like(x, x.shape[1] - first)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -274,13 +274,15 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    """Without gaps, in x's memory format."""
+def _empty_like(x: Tensor, channels: int | None = None) -> Tensor:
+    """Without gaps, in x's memory format; with as many channels as asked for, or as x has."""
+    channels = x.shape[1] if channels is None else channels
+    shape = (x.shape[0], channels, *x.shape[2:])
     if norm_layout(x, "x").stride_spatial == 1:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
     if x.dim() == 4:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    moved = (x.shape[0], *x.shape[2:], x.shape[1])
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    moved = (x.shape[0], *x.shape[2:], channels)
     return torch.empty(moved, dtype=x.dtype, device=x.device).movedim(-1, 1)
 
 

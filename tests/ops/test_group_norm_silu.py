@@ -189,14 +189,18 @@ def interpreted(interpret):
 
 
 SPLIT_CASES = {
-    (layout, channels, first): raised(arguments((2, channels, 7, 5), 8, dtype, layout))
+    (layout, channels, side, first): raised(arguments((2, channels, 7, side), 8, dtype, layout))
     for layout in LAYOUTS
-    # In one tile, in several, at a group's edge and within a group; a part that no wide access takes.
-    for dtype, channels, first in (
-        (torch.float32, 16, 8),
-        (torch.bfloat16, 48, 16),
-        (torch.float16, 528, 264),
-        (torch.float32, 16, 6),
+    # In one tile, in several, at a group's edge and within a group; parts that no wide access takes; one channel.
+    for dtype, channels, side, first in (
+        (torch.float32, 16, 5, 8),
+        (torch.float32, 48, 8, 40),
+        (torch.bfloat16, 48, 5, 16),
+        (torch.bfloat16, 16, 8, 8),
+        (torch.float16, 528, 5, 264),
+        (torch.float32, 16, 5, 6),
+        (torch.float32, 8, 5, 1),
+        (torch.bfloat16, 8, 8, 7),
     )
 }
 
@@ -213,7 +217,7 @@ def split_arguments(args, first):
 
 @pytest.mark.parametrize("case", SPLIT_CASES)
 def test_split(case):
-    layout, channels, first = case
+    layout, channels, _, first = case
     *gradient, _, x_bias, residual = split_arguments(SPLIT_CASES[case], first)
     parts = split(*gradient, first, x_bias, residual)
     assert [p.shape[1] for p in parts] == [first, channels - first]
@@ -225,10 +229,10 @@ def test_split(case):
 
 
 def test_split_in_triton(interpret):
-    gradients = [split_arguments(args, first) for (_, _, first), args in SPLIT_CASES.items()]
+    gradients = [split_arguments(args, first) for (*_, first), args in SPLIT_CASES.items()]
     found = interpret((MODULE, "_backward_split", args, {}) for args in gradients)
     whole = interpret((MODULE, "_backward", (*args[:10], *args[11:]), {}) for args in gradients)
-    for (layout, _, first), parts, dx in zip(SPLIT_CASES, found, whole, strict=True):
+    for (layout, *_, first), parts, dx in zip(SPLIT_CASES, found, whole, strict=True):
         assert parts[0].shape[1] == first
         assert all(p.is_contiguous(memory_format=LAYOUTS[layout]) for p in parts)
         assert torch.equal(torch.cat(parts, 1), dx)
@@ -614,5 +618,5 @@ def test_an_image_is_alone_on_the_device(shape, layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", SPLIT_CASES)
 def test_split_on_the_device(case):
-    args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in split_arguments(SPLIT_CASES[case], case[2])]
+    args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in split_arguments(SPLIT_CASES[case], case[-1])]
     assert torch.equal(torch.cat(split(*args), 1), backward(*args[:10], *args[11:]))
