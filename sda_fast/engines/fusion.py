@@ -64,7 +64,7 @@ def _normalises(node: fx.Node, x: fx.Node) -> bool:
 
 def _give_residual(graph: fx.GraphModule, gradient: fx.Node) -> bool:
     users = list(gradient.users)
-    if len(users) != 1 or users[0].target != aten.add.Tensor or users[0].kwargs:
+    if "residual" in gradient.kwargs or len(users) != 1 or users[0].target != aten.add.Tensor or users[0].kwargs:
         return False
     total = users[0]
     others = [a for a in total.args if a is not gradient]
@@ -84,7 +84,7 @@ def _cut(graph: fx.GraphModule, gradient: fx.Node) -> bool:
     channels = gradient.meta["val"].shape[1]
     users = sorted(gradient.users, key=lambda user: _span(user, channels))
     spans = [_span(user, channels) for user in users]
-    first = spans[0][1]
+    first = spans[0][1] if spans else 0
     if spans != [(0, first), (first, channels)] or first == 0:
         return False
     with graph.graph.inserting_before(gradient):

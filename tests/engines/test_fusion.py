@@ -114,6 +114,7 @@ CASES = {
     "a gradient and float64": (lambda x, h, w, b: gradient(x, x, w, b) + h.double(), (0, 0, 0)),
     "a gradient and twice another": (lambda x, h, w, b: torch.add(gradient(x, x, w, b), h, alpha=2), (0, 0, 0)),
     "a gradient that others see": (lambda x, h, w, b: (lambda dx: (dx + h, dx))(gradient(x, x, w, b)), (0, 0, 0)),
+    "a gradient and two others": (lambda x, h, w, b: gradient(x, x, w, b) + h + x, (0, 1, 0)),
     "a gradient in two": (lambda x, h, w, b: slices(gradient(x, x, w, b), (0, 6), (6, 8)), (0, 0, 1)),
     "a sum in two": (lambda x, h, w, b: slices(gradient(x, x, w, b) + h, (4, 8), (0, 4)), (0, 1, 1)),
     "a gradient in three": (lambda x, h, w, b: slices(gradient(x, x, w, b), (0, 2), (2, 6), (6, 8)), (0, 0, 0)),
@@ -137,6 +138,7 @@ def test_what_is_left_alone(case):
     graph = make_fx(network)(x)
     before = tree_leaves(graph(x))
     assert fuse_for_gpu(graph) == Fused(*expected)
+    assert fuse_for_gpu(graph) == Fused()  # nothing is taken twice
     for a, b in zip(tree_leaves(graph(x)), before, strict=True):
         assert (a - b).abs().max() < 1e-5
 
