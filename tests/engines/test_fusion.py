@@ -86,6 +86,17 @@ def test_the_same_numbers(adm, precision):
             assert 0 < relative_error(a, e) <= (1.05 if name == "out" else 1.5) * relative_error(b, e)
 
 
+def test_the_compiler_takes_it(adm):
+    step, inputs, graph = graph_of(adm, "fp32")
+    inputs = (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
+    fuse_for_gpu(graph)
+    expected = graph(*inputs)
+    with torch.no_grad():
+        found = torch.compile(graph, dynamic=False, fullgraph=True)(*inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
 def norm(x, weight, bias):
     return NORM(x, weight, bias, 4, 1e-5, None, None, True)
 
