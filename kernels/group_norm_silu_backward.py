@@ -16,23 +16,25 @@ import torch
 import triton
 import triton.language as tl
 
-from sda_fast.kernels.group_norm_silu import (
+from sda_fast.kernels._norm_plan import (
     MERGE_OPTIONS,
-    across,
-    affine_of,
     aligned,
-    channels_of,
     compilations_of,
     cut_of,
+    options_of,
+    strides_of,
+)
+from sda_fast.kernels._norm_tiles import (
+    across,
+    affine_of,
+    channels_of,
     image_of,
     jit,
     load_x,
     offsets_of,
-    options_of,
     place_of,
     raise_of,
     split_of,
-    strides_of,
     sum_groups,
 )
 
