@@ -87,7 +87,7 @@ def test_the_same_numbers(adm, precision):
 
 
 def test_the_compiler_takes_it(adm):
-    step, inputs, graph = graph_of(adm, "fp32")
+    _, inputs, graph = graph_of(adm, "fp32")
     inputs = (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
     fuse_for_gpu(graph)
     expected = graph(*inputs)

@@ -12,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # it is no package: its scripts find each other the same way
+sys.path.append(str(Path(__file__).parent))  # norms
 
 import compilation as compilation_module  # noqa: E402  (found by the line above)
 

@@ -2,21 +2,31 @@
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
+from norms import (
+    DTYPES,
+    LAYOUTS,
+    arguments,
+    backward,
+    backward_arguments,
+    check,
+    error,
+    exact,
+    forward,
+    in_double,
+    odd_arguments,
+    odd_views,
+    raised,
+    split,
+    split_arguments,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sda_fast import _core, ops
 from sda_fast.errors import SdaError
 from sda_fast.models import ADM
 from sda_fast.models.checkpoints import ADM_PRESETS
-from sda_fast.ops._layout import norm_layout
-from sda_fast.ops.group_norm_silu import group_norm_silu
 from sda_fast.reference import group_norm_silu as plain
 
 MODULE = "sda_fast.ops.group_norm_silu"
-TINY = 2e-6  # a few last places of float32 numbers near 4: what a tie of luck between two float32 sums may differ by
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # (shape, groups): of the UNet, ragged, one channel per group, one pixel, one group, a group wider than a tile.
 CASES = [
@@ -46,73 +56,6 @@ ORDERS = {
     "first": [0],
     "last": [6],
 }
-
-
-def arguments(shape, groups, dtype=torch.float32, layout="contiguous", modulated=True, silu=True, seed=0):
-    """Of the registered operator; scale and shift are halves of one tensor, as a network makes them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*sizes):
-        return torch.randn(sizes, generator=generator)
-
-    x = (3 * normal(*shape) + 2).to(dtype).contiguous(memory_format=LAYOUTS[layout])
-    weight, bias = 1 + normal(shape[1]) / 4, normal(shape[1])
-    scale, shift = (normal(shape[0], 2 * shape[1]) / 3).to(dtype).chunk(2, dim=1) if modulated else (None, None)
-    return x, weight, bias, groups, 1e-5, scale, shift, silu
-
-
-def forward(*args):
-    return torch.ops.sda_fast.group_norm_silu(*args)
-
-
-def raised(args):
-    """The same with an x_bias that is as large as x, in x's dtype where that is float16."""
-    x = args[0]
-    x_bias = 3 * torch.randn(x.shape[1], generator=torch.Generator().manual_seed(1))
-    return *args, x_bias.half() if x.dtype == torch.float16 else x_bias
-
-
-def backward_arguments(args, mean, rstd):
-    """With a dy of each image that is a function of the image, and where there is an x_bias, a residual likewise."""
-    x, weight, bias, groups, _, scale, shift, silu, *x_bias = args
-    dy = torch.empty_like(x).copy_((5 * x.float()).sin())
-    residual = [torch.empty_like(x).copy_((3 * x.float()).cos()) for _ in x_bias]
-    return dy, x, weight, bias, mean, rstd, scale, shift, groups, silu, *x_bias, *residual
-
-
-def backward(*args):
-    return torch.ops.sda_fast.group_norm_silu_backward(*args)
-
-
-def in_double(args):
-    return [a.double() if isinstance(a, torch.Tensor) else a for a in args]
-
-
-def exact(args, dy):
-    """y and dx in float64, the latter by autograd."""
-    x, *rest = in_double(args)
-    x.requires_grad_()
-    y = plain.group_norm_silu(x, *rest)
-    return y.detach(), torch.autograd.grad(y, x, dy.double())[0]
-
-
-def error(a, b):
-    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
-
-
-def check(args, y, dx, dy):
-    """The tolerance rule."""
-    expected_y, expected_dx = exact(args, dy)
-    with ops.backend("plain"):
-        plain_y, mean, rstd = forward(*args)
-        gradient = backward_arguments(args, mean, rstd)
-        plain_dx = backward(*gradient)
-    if len(args) == 9:
-        expected_dx = expected_dx + gradient[-1].double()
-    for ours, simple, expected in ((y, plain_y, expected_y), (dx, plain_dx, expected_dx)):
-        assert ours.dtype == args[0].dtype
-        assert ours.shape == args[0].shape
-        assert error(ours, expected) <= 2 * error(simple, expected) + TINY
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -203,16 +146,6 @@ SPLIT_CASES = {
         (torch.bfloat16, 8, 8, 7),
     )
 }
-
-
-def split(*args):
-    return torch.ops.sda_fast.group_norm_silu_backward_split(*args)
-
-
-def split_arguments(args, first):
-    _, mean, rstd = forward(*args)
-    *gradient, x_bias, residual = backward_arguments(args, mean, rstd)
-    return *gradient, first, x_bias, residual
 
 
 @pytest.mark.parametrize("case", SPLIT_CASES)
@@ -407,169 +340,6 @@ def test_threads_do_not_matter(shape, layout):
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
-
-
-def odd_views():
-    """(name, x): views of larger tensors without a copy; images apart, channel slices, other ranks."""
-    wide = torch.randn(4, 12, 6, 5, generator=torch.Generator().manual_seed(3))
-    last = wide.contiguous(memory_format=torch.channels_last)
-    many = torch.randn(4, 12, 16, 8, generator=torch.Generator().manual_seed(4))
-    many = many.contiguous(memory_format=torch.channels_last)
-    return {
-        "apart": wide[::2, :8],
-        "slice": wide[:, 4:],
-        "channels_last slice": last[:, 4:],
-        "channels_last apart": last[::2],
-        "tokens": wide.flatten(2),
-        "channels_last tokens": last.flatten(2),
-        "vectors": wide[:, :, 0, 0].contiguous(),
-        "volume": wide.unflatten(3, (5, 1)),
-        "channels_last slice of many pixels": many[:, 4:],
-        "many pixels": many,
-    }
-
-
-def odd_arguments(x):
-    channels = x.shape[1]
-    groups = 4 if channels % 4 == 0 else 1
-    return x, torch.linspace(0.5, 2, channels), torch.linspace(-1, 1, channels), groups, 1e-5, None, None, True
-
-
-@pytest.mark.parametrize("name", odd_views())
-def test_odd_views(name):
-    args = raised(odd_arguments(odd_views()[name]))
-    y, mean, rstd = forward(*args)
-    gradient = backward_arguments(args, mean, rstd)
-    check(args, y, backward(*gradient), gradient[0])
-    view = args[0]  # neither dense nor as the gradient lies
-    assert torch.equal(backward(*gradient[:-1], view), backward(*gradient[:-1], view.clone()))
-    dy = gradient[0].transpose(-1, -2).contiguous().transpose(-1, -2)  # in no format of its own
-    assert torch.equal(backward(dy, *gradient[1:]), backward(*gradient))
-    expanded = torch.ones(()).expand(y.shape)
-    assert torch.equal(backward(expanded, *gradient[1:]), backward(expanded.clone(), *gradient[1:]))
-
-
-@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)])
-@pytest.mark.parametrize("backend", ["plain", "cpp"])
-def test_empty(shape, backend):
-    args = arguments(shape, 4)
-    with ops.backend(backend):
-        y, mean, rstd = forward(*args)
-        dx = backward(*backward_arguments(args, mean, rstd))
-    assert y.shape == dx.shape == shape
-    assert mean.shape == rstd.shape == (shape[0], 4)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_writes_every_element_and_no_other(layout):
-    x, weight, bias, *_ = arguments((2, 8, 5, 3), 4, layout=layout)
-    wide = torch.full((4, 8, 5, 3), float("nan")).contiguous(memory_format=LAYOUTS[layout])
-    mean, rstd = torch.full((2, 2, 4), float("nan"))
-    parameters = _core.NormParameters(weight.data_ptr(), bias.data_ptr(), 0, 0, 0, 0, 0, 4, True)
-    layouts = [_core.NormLayout(*norm_layout(t, "t")) for t in (x, wide[::2])]
-    pointers = [t.data_ptr() for t in (x, wide, mean, rstd)]
-    workspace = torch.full((_core.group_norm_silu_cpu_workspace(layouts[0], 1),), 255, dtype=torch.uint8)
-    assert (workspace.numel() == 0) == (layout == "contiguous")
-    _core.group_norm_silu_cpu(*pointers, _core.float32, *layouts, parameters, 1e-5, workspace.data_ptr(), 1)
-    assert torch.equal(wide[::2], group_norm_silu(x, weight, bias, 4))
-    assert mean.isfinite().all()
-    assert rstd.isfinite().all()
-    assert wide[1::2].isnan().all()
-    wide.fill_(float("nan"))
-    pointers = [x.data_ptr(), x.data_ptr(), wide.data_ptr(), 0, mean.data_ptr(), rstd.data_ptr()]
-    layouts = [layouts[0], *layouts, layouts[0]]
-    workspace.fill_(255)
-    _core.group_norm_silu_backward_cpu(*pointers, _core.float32, *layouts, parameters, workspace.data_ptr(), 1)
-    assert wide[::2].isfinite().all()
-    assert wide[1::2].isnan().all()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck(layout):
-    args = raised(arguments((2, 8, 5, 3), 4, layout=layout))
-    _, mean, rstd = forward(*args)
-    torch.library.opcheck(torch.ops.sda_fast.group_norm_silu_backward.default, backward_arguments(args, mean, rstd))
-    torch.library.opcheck(torch.ops.sda_fast.group_norm_silu_backward_split.default, split_arguments(args, 3))
-    args[0].requires_grad_()
-    torch.library.opcheck(torch.ops.sda_fast.group_norm_silu.default, args)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_autograd_tracing_and_compiling(layout):
-    x, weight, bias, *_, x_bias = raised(arguments((2, 8, 5, 3), 4, layout=layout))
-
-    def step(x):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            y = group_norm_silu(x, weight, bias, 4, x_bias=x_bias)
-            return torch.autograd.grad((y * y).sum(), x)[0]
-
-    leaf = x.double().requires_grad_()
-    y = plain.group_norm_silu(leaf, weight.double(), bias.double(), 4, x_bias=x_bias.double())
-    expected = torch.autograd.grad((y * y).sum(), leaf)[0]
-    assert error(step(x), expected) < 1e-5
-    traced = make_fx(step)(x)
-    targets = [node.target for node in traced.graph.nodes]
-    assert torch.ops.sda_fast.group_norm_silu_backward.default in targets
-    assert torch.equal(traced(x), step(x))
-    compiled = torch.compile(lambda x: group_norm_silu(x * 2, weight, bias, 4), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), group_norm_silu(x * 2, weight, bias, 4))
-    x.requires_grad_()
-    (dx,) = torch.autograd.grad(compiled(x).sum(), x)
-    (expected,) = torch.autograd.grad(group_norm_silu(x * 2, weight, bias, 4).sum(), x)
-    assert torch.equal(dx, expected)
-
-
-@pytest.mark.parametrize("name", ["weight", "bias", "scale", "shift", "x_bias"])
-def test_only_x_is_differentiated(name):
-    x, weight, bias, groups, eps, scale, shift, silu, x_bias = raised(arguments((2, 8, 4, 4), 4))
-    parameters = dict(weight=weight, bias=bias, scale=scale, shift=shift, x_bias=x_bias)
-    parameters[name] = parameters[name].clone().requires_grad_()
-    with pytest.raises(SdaError, match=f"{name} requires a gradient"):
-        group_norm_silu(x, groups=groups, eps=eps, silu=silu, **parameters)
-    with torch.no_grad():
-        group_norm_silu(x, groups=groups, eps=eps, silu=silu, **parameters)
-    weight, bias, scale, shift, x_bias = parameters.values()
-    y, _, _ = forward(x, weight, bias, groups, eps, scale, shift, silu, x_bias)
-    if name != "shift":
-        with pytest.raises(SdaError, match=f"{name} requires a gradient"):
-            y.sum().backward()
-
-
-MISTAKES = {
-    "pass group_norm_silu \\[N, C, ...\\]": dict(x=torch.zeros(3)),
-    "x is torch.float64; .* one in float32, bfloat16 or float16": dict(x=torch.zeros(2, 8, 4, 4, dtype=torch.float64)),
-    "groups is 3; choose a number that divides the 8 channels": dict(groups=3),
-    "groups is 0": dict(groups=0),
-    "eps is -1.0; choose": dict(eps=-1.0),
-    "weight has shape \\(7,\\); .* pass group_norm_silu one of shape \\(8,\\)": dict(weight=torch.ones(7)),
-    "bias is torch.float16; pass group_norm_silu one in float32": dict(bias=torch.zeros(8, dtype=torch.float16)),
-    "scale has shape \\(2, 8, 1, 1\\)": dict(scale=torch.zeros(2, 8, 1, 1)),
-    "shift has shape \\(1, 8\\)": dict(shift=torch.zeros(1, 8)),
-    "x_bias has shape \\(1, 8\\)": dict(x_bias=torch.zeros(1, 8)),
-    "weight lies on meta and x on cpu; pass both on one device": dict(weight=torch.ones(8, device="meta")),
-    "pass x.contiguous": dict(x=torch.zeros(2, 8, 5, 4).transpose(2, 3)),
-}
-
-
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes(message):
-    given = {"x": torch.zeros(2, 8, 4, 4), "weight": torch.ones(8), "bias": torch.zeros(8), "groups": 4}
-    with pytest.raises(SdaError, match=message):
-        group_norm_silu(**{**given, **MISTAKES[message]})
-
-
-def test_mistakes_in_the_backward_pass():
-    args = raised(arguments((2, 8, 4, 4), 4))
-    _, mean, rstd = forward(*args)
-    dy, *rest, residual = backward_arguments(args, mean, rstd)
-    with pytest.raises(SdaError, match=r"dy is torch.float16 .*; pass it as x is"):
-        backward(dy.half(), *rest)
-    with pytest.raises(SdaError, match=r"residual is torch.float32 \(1, 8, 4, 4\) on cpu; pass it as x is"):
-        backward(dy, *rest, residual[:1])
-    rest[3] = mean[:1]
-    with pytest.raises(SdaError, match="pass what the forward pass returned"):
-        backward(dy, *rest)
 
 
 @pytest.mark.parametrize("direction", ["", "_backward"])
