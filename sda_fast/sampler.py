@@ -102,17 +102,17 @@ class _Conditioning:
 
     def __init__(self, dit: DiT, schedule: Schedule, y: Tensor, guided: bool):
         if guided:
-            y = torch.cat([y, torch.full_like(y, dit.num_classes)])  # the null class
+            y = torch.stack([y, torch.full_like(y, dit.num_classes)])  # the null class
         self._classes, self._which = y.unique(return_inverse=True)
         self._dit, self._timesteps = dit, schedule.timestep_map.to(y.device)
         self._first, self._rows = len(schedule), torch.empty(0)
 
     def __call__(self, i: int) -> Tensor:
-        """For the schedule's step i, which must come in falling order: `DiT.conditioning`, [N or 2N, K]."""
+        """For the schedule's step i, which must come in falling order: what `DiTStep` takes of `DiT.conditioning`."""
         if i < self._first:
             self._first = max(0, i + 1 - _STEPS_AT_ONCE)
             timesteps = self._timesteps[self._first :][:_STEPS_AT_ONCE]
             self._rows = torch.stack(
                 [self._dit.conditioning(timesteps, y.expand(len(timesteps))) for y in self._classes]
             )
-        return self._rows[:, i - self._first].index_select(0, self._which)  # [classes, steps, K] -> [N, K]
+        return self._rows[:, i - self._first][self._which]  # [classes, steps, K] -> [N, K] or [2, N, K]

@@ -7,7 +7,8 @@ take apart where it has no fused kernel.
 
 import copy
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -21,44 +22,65 @@ DYNAMIC_EXAMPLE = 7  # images; a batch that is no other size in a step, as traci
 _INLINE_BYTES = 4096  # of a tensor that stays in the file itself: shapes must, and those of a Split have hundreds
 
 
+class PortableGraph(NamedTuple):
+    """What a file is made of: the traced graph, the inputs it was traced with, all on the CPU, and their names."""
+
+    graph: fx.GraphModule
+    example: tuple[Tensor, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dynamic_batch: bool
+
+
 def export_onnx(step: Step, path: Path, batch: int | None) -> None:
-    """Write `step` for `batch` images, or for any number if None, as `path`, with weights in `<name>.data` beside it.
+    """Write `step` for `batch` images, or for any number if None, as `path`; the rest is as in `write_onnx`."""
+    _exporters()  # before the tracing, which takes longer
+    write_onnx(portable_graph(step, batch), path)
+
+
+def portable_graph(step: Step, batch: int | None) -> PortableGraph:
+    """Networks on a GPU are copied, as they call kernels there that the portable dialect does not know."""
+    if any(tensor.is_cuda for tensor in step.parameters()):
+        step = copy.deepcopy(step).cpu()
+    example = step.example(DYNAMIC_EXAMPLE if batch is None else batch)
+    graph = trace(step, example, "portable", dynamic_batch=batch is None)
+    return PortableGraph(graph, example, step.inputs, step.outputs, batch is None)
+
+
+def write_onnx(portable: PortableGraph, path: Path) -> None:
+    """Write the graph as `path`, with weights in `<name>.data` beside it.
 
     Inputs and outputs carry the step's names. The folder must be the file's own, or another export's weights may be
     overwritten. Raises SdaError where onnx or onnxscript is not installed.
     """
+    onnx_ir, optimizer = _exporters()
+    graph, example, inputs, outputs, dynamic_batch = portable
+    exported = torch.export.export(graph, example, dynamic_shapes=_dynamic_shapes(example) if dynamic_batch else None)
+    program = torch.onnx.export(
+        exported,
+        example,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=list(inputs),
+        output_names=list(outputs),
+        optimize=False,
+        verbose=False,
+    )
+    assert program is not None
+    # torch's own call of the optimizer infers shapes with onnx, which copies all weights and cannot pass 2 GB.
+    optimizer.optimize(program.model, num_iterations=2, onnx_shape_inference=False)
+    _match_kernels(program.model)
+    onnx_ir.save(program.model, path, external_data=f"{path.name}.data", size_threshold_bytes=_INLINE_BYTES)
+
+
+def _exporters() -> tuple[ModuleType, ModuleType]:
     try:
         import onnx  # noqa: F401  (torch wants it)
         import onnx_ir
         import onnxscript.optimizer
     except ImportError as error:
         raise SdaError('ONNX export needs onnx and onnxscript: pip install "sda-fast[onnx]"') from error
-    graph, example = portable_graph(step, batch)
-    exported = torch.export.export(graph, example, dynamic_shapes=_dynamic_shapes(example) if batch is None else None)
-    program = torch.onnx.export(
-        exported,
-        example,
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=list(step.inputs),
-        output_names=list(step.outputs),
-        optimize=False,
-        verbose=False,
-    )
-    assert program is not None
-    # torch's own call of the optimizer infers shapes with onnx, which copies all weights and cannot pass 2 GB.
-    onnxscript.optimizer.optimize(program.model, num_iterations=2, onnx_shape_inference=False)
-    _match_kernels(program.model)
-    onnx_ir.save(program.model, path, external_data=f"{path.name}.data", size_threshold_bytes=_INLINE_BYTES)
-
-
-def portable_graph(step: Step, batch: int | None) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-    """What `export_onnx` makes a file of, and the inputs it was traced with, all on the CPU: networks on a GPU call
-    kernels that the portable dialect does not know."""
-    if any(tensor.is_cuda for tensor in step.parameters()):
-        step = copy.deepcopy(step).cpu()
-    example = step.example(DYNAMIC_EXAMPLE if batch is None else batch)
-    return trace(step, example, "portable", dynamic_batch=batch is None), example
+    return onnx_ir, onnxscript.optimizer
 
 
 def _match_kernels(model: Any) -> None:
@@ -74,6 +96,6 @@ def _match_kernels(model: Any) -> None:
                     value.dtype = dtype
 
 
-def _dynamic_shapes(example: tuple[Tensor, ...]) -> tuple[dict[int, object] | None, ...]:
+def _dynamic_shapes(example: tuple[Tensor, ...]) -> tuple[dict[int, object], ...]:
     batch = torch.export.Dim("batch", min=1, max=1024)
-    return tuple({0: batch} if len(x) == DYNAMIC_EXAMPLE else None for x in example)
+    return tuple({i: batch for i, size in enumerate(x.shape) if size == DYNAMIC_EXAMPLE} for x in example)

@@ -25,6 +25,7 @@ class Step(nn.Module):
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    precision: Precision
 
     def example(self, batch: int) -> tuple[Tensor, ...]:
         """Inputs for `batch` images, of the right shapes, dtypes and device, with values as in use."""
@@ -91,7 +92,7 @@ class DiTStep(Step):
     """The DiT under classifier-free guidance; cfg_scale 1.0 runs the conditional model alone.
 
     x: float32 [N, C, S, S]. conditioning: float32 [N, K], `DiT.conditioning` of each image's timestep and class;
-    with guidance [2N, K], the second half that of the null class. Returns float32 [N, C or 2C, S, S].
+    with guidance [2, N, K], the second half that of the null class. Returns float32 [N, C or 2C, S, S].
     """
 
     inputs = ("x", "conditioning")
@@ -104,19 +105,18 @@ class DiTStep(Step):
     def forward(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor]:
         if self.cfg_scale == 1.0:
             return (self.dit.denoise(x, conditioning),)
-        out = self.dit.denoise(torch.cat([x, x]), conditioning)
+        out = self.dit.denoise(torch.cat([x, x]), conditioning.flatten(0, 1))
         return (self.dit.guided(out, self.cfg_scale)[: x.shape[0]],)
 
     def example(self, batch: int) -> tuple[Tensor, ...]:
         dit = self.dit
         device = dit.pos_embed.device
-        rows = batch if self.cfg_scale == 1.0 else 2 * batch
         x = _noise((batch, dit.in_channels, dit.input_size, dit.input_size), device)
         with torch.no_grad():
             conditioning = dit.conditioning(
-                torch.full((rows,), 500, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+                torch.full((batch,), 500, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
             )
-        return x, conditioning
+        return x, conditioning if self.cfg_scale == 1.0 else conditioning.expand(2, -1, -1).contiguous()
 
 
 class ClassifierStep(Step):

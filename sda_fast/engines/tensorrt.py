@@ -17,7 +17,7 @@ from sda_fast import __version__
 from sda_fast.engines import onnx_export, tensorrt_api
 from sda_fast.engines.base import preparing, versions
 from sda_fast.engines.cache import EngineCache, default_folder
-from sda_fast.engines.onnx_export import export_onnx
+from sda_fast.engines.onnx_export import PortableGraph, portable_graph, write_onnx
 from sda_fast.engines.steps import Step
 from sda_fast.engines.tensorrt_api import BuildOptions, Execution
 from sda_fast.engines.tensorrt_protocol import Shape
@@ -58,9 +58,9 @@ class TensorRTEngine:
         profiles = self._profiles(step, len(example[0]))
         cache = EngineCache(self.cache_dir or default_folder())
         with preparing(self.name), gpu.current():
-            batch = None if profiles else len(example[0])
-            settings = self._settings(step, batch, profiles, gpu)
-            execution, size = self._load_or_build(cache, settings, step, batch, profiles)
+            portable = portable_graph(step, None if profiles else len(example[0]))
+            settings = self._settings(portable, step.precision, profiles, gpu)
+            execution, size = self._load_or_build(cache, settings, portable, profiles)
             return TensorRTProgram(self, step, example, execution, size, gpu)
 
     def _profiles(self, step: Step, batch: int) -> Profiles:
@@ -73,29 +73,28 @@ class TensorRTEngine:
         if not least <= batch <= greatest:
             raise SdaError(f"batch {batch} is outside of the profile {self.profile}: change one of them")
         one, two = step.example(1), step.example(2)
-        growing = [len(x) != len(y) for x, y in zip(one, two, strict=True)]
-        if any(len(x) > 1 for x in one):
-            raise SdaError("a step of two rows per image (guidance by class) has no profile: build it for one batch")
+        growing = [x.shape != y.shape for x, y in zip(one, two, strict=True)]
         shapes = [[tuple(x.shape) for x in step.example(n)] for n in self.profile]
         of_inputs = zip(step.inputs, growing, *shapes, strict=True)
         return {name: (low, mid, high) for name, grows, low, mid, high in of_inputs if grows}
 
-    def _settings(self, step: Step, batch: int | None, profiles: Profiles, gpu: "Gpu") -> dict[str, Any]:
+    def _settings(self, portable: PortableGraph, precision: str, profiles: Profiles, gpu: "Gpu") -> dict[str, Any]:
         """All that a plan depends on.
 
         Of the step that is its traced graph, which takes seconds where the ONNX file takes minutes, and what makes the
         file of it.
         """
-        graph, example = onnx_export.portable_graph(step, batch)
         machine = gpu.identity()
         if self.hardware_compatible:
             machine = {"driver": machine["driver"], "cuda": machine["cuda"]}
         return {
             "kind": "plan",
-            "graph": graph_hash(graph),
-            "inputs": {name: [list(x.shape), str(x.dtype)] for name, x in zip(step.inputs, example, strict=True)},
-            "outputs": list(step.outputs),
-            "precision": step.precision,
+            "graph": graph_hash(portable.graph),
+            "inputs": {
+                name: [list(x.shape), str(x.dtype)] for name, x in zip(portable.inputs, portable.example, strict=True)
+            },
+            "outputs": list(portable.outputs),
+            "precision": precision,
             "exporter": hashlib.sha256(Path(onnx_export.__file__).read_bytes()).hexdigest(),
             "sda_fast": __version__,
             **_exporter_versions(),
@@ -109,7 +108,7 @@ class TensorRTEngine:
         }
 
     def _load_or_build(
-        self, cache: EngineCache, settings: dict[str, Any], step: Step, batch: int | None, profiles: Profiles
+        self, cache: EngineCache, settings: dict[str, Any], portable: PortableGraph, profiles: Profiles
     ) -> tuple[Execution, int]:
         """The loaded plan and its size."""
         built = False
@@ -117,7 +116,7 @@ class TensorRTEngine:
         def build(work: Path) -> bytes:
             nonlocal built
             built = True
-            export_onnx(step, work / "step.onnx", batch)
+            write_onnx(portable, work / "step.onnx")
             return self._build(cache, settings, work / "step.onnx", profiles)
 
         plan = cache.obtain(settings, build)

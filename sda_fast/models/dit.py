@@ -208,7 +208,7 @@ class DiT(nn.Module):
     def guided(out: Tensor, cfg_scale: float) -> Tensor:
         """What `forward_with_cfg` returns, from the network's output for the doubled batch."""
         eps, rest = out[:, :3], out[:, 3:]
-        conditional, unconditional = eps.chunk(2)
+        conditional, unconditional = eps.unflatten(0, (2, -1))  # a chunk's size would fix the batch in an export
         guided = unconditional + cfg_scale * (conditional - unconditional)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
 

@@ -219,7 +219,7 @@ def test_dit_steps_are_the_original(original, run):
         expected = dit.forward_with_cfg(torch.cat([x, x]), timesteps.repeat(2), torch.cat([y, null]), scale)
     (out,) = run(DiTStep(dit), x, conditioning)
     assert relative(out, tensors["output"]) <= 1e-4
-    (guided,) = run(DiTStep(dit, scale), x, doubled)
+    (guided,) = run(DiTStep(dit, scale), x, doubled.view(2, len(x), -1))
     assert guided.shape == x.shape[:1] + tensors["output"].shape[1:]
     assert relative(guided, tensors["cfg_output"][: len(x)]) <= 1e-4
     assert relative(guided, expected[: len(x)]) <= 1e-5

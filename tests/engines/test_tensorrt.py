@@ -13,7 +13,7 @@ from torch import nn
 from sda_fast.diffusion import LowPass
 from sda_fast.engines import ClassifierStep, DiTStep, GuidedStep, UnguidedStep, create_engine, tensorrt
 from sda_fast.engines.graph import trace
-from sda_fast.engines.onnx_export import export_onnx
+from sda_fast.engines.onnx_export import export_onnx, portable_graph, write_onnx
 from sda_fast.engines.tensorrt import TensorRTEngine, TensorRTProgram, graph_hash
 from sda_fast.engines.tensorrt_api import Execution
 from sda_fast.errors import SdaError
@@ -68,11 +68,11 @@ def test_the_guided_step_from_weights_to_numbers_at_three_batches(trt, engine, m
     fake = trt()
     kept = tmp_path / "kept"
 
-    def export_and_keep(step, path, batch):
-        export_onnx(step, path, batch)
+    def write_and_keep(portable, path):
+        write_onnx(portable, path)
         shutil.copytree(path.parent, kept)
 
-    monkeypatch.setattr(tensorrt, "export_onnx", export_and_keep)
+    monkeypatch.setattr(tensorrt, "write_onnx", write_and_keep)
     step, dynamic = guided_step("fp32"), engine(profile=(1, 3, 16), timing_cache=False)
     programs = {3: dynamic.prepare(step, step.example(3))}
     (path,) = (tmp_path / "engines").glob("*.plan")
@@ -239,7 +239,8 @@ def settings(step, batch=2, version="10.13.3.9", machine=None, **options):
     )
     engine = TensorRTEngine(**options)
     profiles = engine._profiles(step, batch)
-    return json.dumps(engine._settings(step, None if profiles else batch, profiles, gpu), sort_keys=True)
+    portable = portable_graph(step, None if profiles else batch)
+    return json.dumps(engine._settings(portable, step.precision, profiles, gpu), sort_keys=True)
 
 
 def test_whatever_a_plan_depends_on_gives_it_another_key(trt, small):
@@ -333,11 +334,23 @@ def test_profiles_that_cannot_be(trt, engine, small, profile, batch, sentence):
         engine(profile=profile).prepare(small, small.example(batch))
 
 
-def test_a_dit_under_guidance_has_no_profile(trt, engine, tiny):
-    trt()
-    step = DiTStep(load_dit(tiny.dit), cfg_scale=4.0)
-    with pytest.raises(SdaError, match="two rows per image"):
-        engine(profile=(1, 2, 4)).prepare(step, step.example(2))
+def test_a_dit_under_guidance_has_a_profile(trt, engine, tiny):
+    fake = trt()
+    torch.manual_seed(0)
+    dit = load_dit(tiny.dit)
+    step = DiTStep(dit, cfg_scale=4.0)
+    for batch in (3, 1, 4):
+        program = engine(profile=(1, 3, 4)).prepare(step, step.example(batch))
+        x, conditioning = step.example(batch)
+        classes = torch.cat([torch.arange(batch) % dit.num_classes, torch.full((batch,), dit.num_classes)])
+        inputs = (x, dit.conditioning(torch.arange(batch).repeat(2), classes).detach().view_as(conditioning))
+        (found,), (expected,) = program.run(*inputs), step(*inputs)
+        assert (found - expected).norm() <= 1e-4 * expected.norm()
+    size, width = x.shape[-1], conditioning.shape[-1]
+    assert [call for call in fake.calls if call[0] == "set_shape"] == [  # one build
+        ("set_shape", "x", *((n, x.shape[1], size, size) for n in (1, 3, 4))),
+        ("set_shape", "conditioning", *((2, n, width) for n in (1, 3, 4))),
+    ]
 
 
 def test_without_tensorrt_or_a_gpu_it_says_so(monkeypatch, trt, small):
