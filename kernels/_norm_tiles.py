@@ -43,14 +43,20 @@ def channels_of(i_block, GROUPS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.con
 
 
 @triton.jit
-def place_of(splits, GROUPS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What this program works on: block of channels, split of positions, image (int64)."""
+def place_of(i, splits, GROUPS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What the i-th program works on: block of channels, split of positions, image (int64)."""
     if PARTS > 1:
         BLOCKS: tl.constexpr = GROUPS * PARTS
     else:
         BLOCKS: tl.constexpr = triton.cdiv(GROUPS, BLOCK_C // triton.next_power_of_2(SIZE))
-    i = tl.program_id(0)
     return i % BLOCKS, i // BLOCKS % splits, (i // (BLOCKS * splits)).to(tl.int64)
+
+
+@triton.jit
+def backwards():
+    """The programs' numbers from the last to the first: the kernel that reads an image for the second time begins with
+    what the first one read last, as far as the L2 cache still holds it."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit

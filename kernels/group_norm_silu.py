@@ -28,6 +28,7 @@ from sda_fast.kernels._norm_plan import (
 from sda_fast.kernels._norm_tiles import (
     across,
     affine_of,
+    backwards,
     channels_of,
     image_of,
     jit,
@@ -65,7 +66,7 @@ def moments_kernel(
     The sums are taken relative to the mean of the split's first tile. It lies within sqrt(number of tiles) standard
     deviations of the split's mean, so neither a large mean nor an outlier costs precision.
     """
-    i_block, i_split, i_image = place_of(splits, GROUPS, SIZE, PARTS, BLOCK_C)
+    i_block, i_split, i_image = place_of(tl.program_id(0), splits, GROUPS, SIZE, PARTS, BLOCK_C)
     IN_BLOCK: tl.constexpr = 1 if PARTS > 1 else BLOCK_C // triton.next_power_of_2(SIZE)
     channel, _, m_channel = channels_of(i_block, GROUPS, SIZE, PARTS, BLOCK_C)
     m_channels = across(m_channel, CHANNELS_LAST)
@@ -172,7 +173,7 @@ def apply_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """y of one split of a block of channels."""
-    i_block, i_split, i_image = place_of(splits, GROUPS, SIZE, PARTS, BLOCK_C)
+    i_block, i_split, i_image = place_of(backwards(), splits, GROUPS, SIZE, PARTS, BLOCK_C)
     channel, i_group, m_channel = channels_of(i_block, GROUPS, SIZE, PARTS, BLOCK_C)
     mean, slope, offset = affine_of(
         p_mean,

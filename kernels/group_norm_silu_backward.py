@@ -27,6 +27,7 @@ from sda_fast.kernels._norm_plan import (
 from sda_fast.kernels._norm_tiles import (
     across,
     affine_of,
+    backwards,
     channels_of,
     image_of,
     jit,
@@ -81,7 +82,7 @@ def sums_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """The sums of A du and of A du (x - mean) of a split of a group: p_parts float32 [N, slots, 2, GROUPS]."""
-    i_block, i_split, i_image = place_of(splits, GROUPS, SIZE, PARTS, BLOCK_C)
+    i_block, i_split, i_image = place_of(tl.program_id(0), splits, GROUPS, SIZE, PARTS, BLOCK_C)
     IN_BLOCK: tl.constexpr = 1 if PARTS > 1 else BLOCK_C // triton.next_power_of_2(SIZE)
     channel, i_group, m_channel = channels_of(i_block, GROUPS, SIZE, PARTS, BLOCK_C)
     mean, slope, offset = affine_of(
@@ -195,7 +196,7 @@ def gradient_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """dx, plus the residual, of one split of a block of channels. Those from FIRST on go to p_rest, if there is one."""
-    i_block, i_split, i_image = place_of(splits, GROUPS, SIZE, PARTS, BLOCK_C)
+    i_block, i_split, i_image = place_of(backwards(), splits, GROUPS, SIZE, PARTS, BLOCK_C)
     channel, i_group, m_channel = channels_of(i_block, GROUPS, SIZE, PARTS, BLOCK_C)
     mean, slope, offset = affine_of(
         p_mean,
