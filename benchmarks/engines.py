@@ -44,7 +44,7 @@ def configurations(device: str, tiny: bool) -> list[Configuration]:
     unfused = Configuration("inductor", {"fusion": False}, "bf16", 32)
     if device == "cpu":
         engines = [("eager", {})] if tiny else [("inductor", {}), ("eager", {})]
-    batches = (1, 2) if tiny else (8, 32, 16, 1)
+    batches = (1, 2) if tiny else (8, 32, 16, 64, 1)
     every = [
         Configuration(*engine, precision, n) for precision in ("bf16", "fp16") for n in batches for engine in engines
     ]
