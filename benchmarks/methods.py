@@ -1,6 +1,7 @@
-"""Seconds that each method takes per image, published settings, on the testbed's 32x32 models.
+"""Seconds that each method takes per image, published settings, on the testbed's 32x32 models; like the commands, the
+process keeps freed memory.
 
-python benchmarks/methods.py [--cores N]
+    python benchmarks/methods.py [--cores N]
 """
 
 import argparse
@@ -9,6 +10,7 @@ import time
 import torch
 
 from sda_fast import Projector
+from sda_fast.host_memory import keep_freed_memory
 from sda_fast.methods import METHODS, create, method_class
 from sda_fast.methods.vp_sde import SDEPurifier
 from sda_fast.models import load_adm, load_classifier, load_dit
@@ -36,6 +38,7 @@ def seconds(name: str, classifier: torch.nn.Module, networks: dict[str, torch.nn
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cores", type=int, default=1, help="threads of the process")
+    keep_freed_memory()
     # Once: a process that had fewer threads before shares its cores among several pools of them.
     torch.set_num_threads(parser.parse_args().cores)
     torch.manual_seed(0)
