@@ -36,9 +36,9 @@ def seconds(name: str, classifier: torch.nn.Module, networks: dict[str, torch.nn
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cores", type=int, default=1, help="threads of the process")
-    keep_freed_memory()
     # Once: a process that had fewer threads before shares its cores among several pools of them.
     torch.set_num_threads(parser.parse_args().cores)
     torch.manual_seed(0)

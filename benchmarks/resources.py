@@ -63,6 +63,7 @@ def name_of(
         kind.endswith(":16") and not kind.startswith("*") for kind in signature.values()
     )
     words = [*dtypes, *constants, *absent, *["ADM-256"] * known, f"warps={options.get('num_warps', 4)}"]
+    words += [f"registers<={options['maxnreg']}"] if "maxnreg" in options else []
     return f"kernels/{operator}.py", kernel.__name__, " ".join(words)
 
 

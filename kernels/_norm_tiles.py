@@ -53,7 +53,7 @@ def place_of(i, splits, GROUPS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.cons
 
 
 @triton.jit
-def backwards():
+def last_first():
     """The programs' numbers from the last to the first: the kernel that reads an image for the second time begins with
     what the first one read last, as far as the L2 cache still holds it."""
     return tl.num_programs(0) - 1 - tl.program_id(0)

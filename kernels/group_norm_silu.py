@@ -28,10 +28,10 @@ from sda_fast.kernels._norm_plan import (
 from sda_fast.kernels._norm_tiles import (
     across,
     affine_of,
-    backwards,
     channels_of,
     image_of,
     jit,
+    last_first,
     load_x,
     offsets_of,
     place_of,
@@ -173,7 +173,7 @@ def apply_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """y of one split of a block of channels."""
-    i_block, i_split, i_image = place_of(backwards(), splits, GROUPS, SIZE, PARTS, BLOCK_C)
+    i_block, i_split, i_image = place_of(last_first(), splits, GROUPS, SIZE, PARTS, BLOCK_C)
     channel, i_group, m_channel = channels_of(i_block, GROUPS, SIZE, PARTS, BLOCK_C)
     mean, slope, offset = affine_of(
         p_mean,

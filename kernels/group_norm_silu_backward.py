@@ -27,10 +27,10 @@ from sda_fast.kernels._norm_plan import (
 from sda_fast.kernels._norm_tiles import (
     across,
     affine_of,
-    backwards,
     channels_of,
     image_of,
     jit,
+    last_first,
     load_x,
     offsets_of,
     place_of,
@@ -196,7 +196,7 @@ def gradient_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """dx, plus the residual, of one split of a block of channels. Those from FIRST on go to p_rest, if there is one."""
-    i_block, i_split, i_image = place_of(backwards(), splits, GROUPS, SIZE, PARTS, BLOCK_C)
+    i_block, i_split, i_image = place_of(last_first(), splits, GROUPS, SIZE, PARTS, BLOCK_C)
     channel, i_group, m_channel = channels_of(i_block, GROUPS, SIZE, PARTS, BLOCK_C)
     mean, slope, offset = affine_of(
         p_mean,
@@ -285,7 +285,9 @@ def group_norm_silu_backward(
     vectors = (mean, rstd, weight, bias, scale, shift, x_bias)
     (p_dy, p_x), *places = zip(dy, x, strict=True)
     numbers = (*places[0], *places[1], *rows)
-    sums_kernel[grid](p_dy, p_x, sums, *vectors, *split, *numbers, SILU=silu, **constants, **_of_sums(options))
+    sums_kernel[grid](
+        p_dy, p_x, sums, *vectors, *split, *numbers, SILU=silu, **constants, **_of_sums(options, constants)
+    )
     finish = {"GROUPS": groups, "SIZE": constants["SIZE"], "SLOTS": triton.next_power_of_2(slots)}
     finish_sums_kernel[(images * groups,)](sums, rstd, pull, drift, spatial, slots, **finish, **MERGE_OPTIONS)
     tensors, *places = zip(dy, x, dx, rest, residual, strict=True)
@@ -296,11 +298,14 @@ def group_norm_silu_backward(
 
 def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """(kernel, signature, constants, options) of what ADM-256 runs, and of ragged shapes."""
-    for kernel, *rest, options in compilations_of(TILE, (sums_kernel, finish_sums_kernel, gradient_kernel)):
-        yield kernel, *rest, _of_sums(options) if kernel is sums_kernel else options
+    kernels = (sums_kernel, finish_sums_kernel, gradient_kernel)
+    for kernel, signature, constants, options in compilations_of(TILE, kernels):
+        yield kernel, signature, constants, _of_sums(options, constants) if kernel is sums_kernel else options
 
 
-def _of_sums(options: dict[str, Any]) -> dict[str, Any]:
-    """Programs of 4 warps get the registers that let five share a multiprocessor. Left to itself, the assembler of
-    Triton 3.6 gives one of them 72 and spills, and another one 123."""
-    return {**options, "maxnreg": 96} if options["num_warps"] == 4 else options
+def _of_sums(options: dict[str, Any], constants: dict[str, Any]) -> dict[str, Any]:
+    """For channels_last, the registers that let six programs of float32 or five of a half type share a multiprocessor.
+    Left to itself, the assembler takes up to 124 for sm_80, and that of Triton 3.6 once 72, where it spills."""
+    if not constants["CHANNELS_LAST"] or constants["VECTOR"] == 1:
+        return options
+    return {**options, "maxnreg": 80 if constants["VECTOR"] == 4 else 96}

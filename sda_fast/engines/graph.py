@@ -30,9 +30,9 @@ def trace(
     """The graph of `step` for inputs shaped as `example`; its placeholders and outputs in the order of the step's.
 
     Whatever depends on weights alone (flipped kernels of the backward convolutions among it) is computed here; the
-    step's own weights stay as they are. channels_last: of all images and kernels. dynamic_batch: leave the first
-    dimension open; the batch of `example` must then differ from every other size in the step, because sizes that are
-    equal are taken for one.
+    step's own weights stay as they are. channels_last: of all images and kernels. dynamic_batch: leave the batch
+    open, in whichever dimension it stands; that of `example` must then differ from every other size of an input,
+    because sizes that are equal are taken for one.
     """
     table = NATIVE if dialect == "native" else PORTABLE
     mode: Literal["symbolic", "fake"] = "symbolic" if dynamic_batch else "fake"

@@ -18,18 +18,19 @@ from sda_fast.engines.steps import Step
 from sda_fast.errors import SdaError
 
 OPSET = 22
-DYNAMIC_EXAMPLE = 7  # images; a batch that is no other size in a step, as tracing with an open batch requires
+DYNAMIC_EXAMPLE = 7  # images; a batch that is no other size of an input, as tracing with an open batch requires
 _INLINE_BYTES = 4096  # of a tensor that stays in the file itself: shapes must, and those of a Split have hundreds
 
 
 class PortableGraph(NamedTuple):
-    """What a file is made of: the traced graph, the inputs it was traced with, all on the CPU, and their names."""
+    """What a file is made of: the traced graph and the inputs it was traced with, on the CPU; their names and those of
+    the outputs; for an open batch, the dimensions of each input that grow with it."""
 
     graph: fx.GraphModule
     example: tuple[Tensor, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    dynamic_batch: bool
+    growing: tuple[tuple[int, ...], ...] | None
 
 
 def export_onnx(step: Step, path: Path, batch: int | None) -> None:
@@ -39,12 +40,14 @@ def export_onnx(step: Step, path: Path, batch: int | None) -> None:
 
 
 def portable_graph(step: Step, batch: int | None) -> PortableGraph:
-    """Networks on a GPU are copied, as they call kernels there that the portable dialect does not know."""
+    """The graph of `step` for `batch` images, or for any number if None. Networks on a GPU are copied, as they call
+    kernels there that the portable dialect does not know."""
     if any(tensor.is_cuda for tensor in step.parameters()):
         step = copy.deepcopy(step).cpu()
     example = step.example(DYNAMIC_EXAMPLE if batch is None else batch)
     graph = trace(step, example, "portable", dynamic_batch=batch is None)
-    return PortableGraph(graph, example, step.inputs, step.outputs, batch is None)
+    growing = None if batch is not None else tuple(map(_differing, example, step.example(1)))
+    return PortableGraph(graph, example, step.inputs, step.outputs, growing)
 
 
 def write_onnx(portable: PortableGraph, path: Path) -> None:
@@ -54,8 +57,10 @@ def write_onnx(portable: PortableGraph, path: Path) -> None:
     overwritten. Raises SdaError where onnx or onnxscript is not installed.
     """
     onnx_ir, optimizer = _exporters()
-    graph, example, inputs, outputs, dynamic_batch = portable
-    exported = torch.export.export(graph, example, dynamic_shapes=_dynamic_shapes(example) if dynamic_batch else None)
+    graph, example, inputs, outputs, growing = portable
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    shapes = None if growing is None else tuple(dict.fromkeys(dimensions, batch) for dimensions in growing)
+    exported = torch.export.export(graph, example, dynamic_shapes=shapes)
     program = torch.onnx.export(
         exported,
         example,
@@ -96,6 +101,5 @@ def _match_kernels(model: Any) -> None:
                     value.dtype = dtype
 
 
-def _dynamic_shapes(example: tuple[Tensor, ...]) -> tuple[dict[int, object], ...]:
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    return tuple({i: batch for i, size in enumerate(x.shape) if size == DYNAMIC_EXAMPLE} for x in example)
+def _differing(x: Tensor, y: Tensor) -> tuple[int, ...]:
+    return tuple(i for i, (n, m) in enumerate(zip(x.shape, y.shape, strict=True)) if n != m)

@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Step(nn.Module):
-    """inputs, outputs: the names of `forward`'s tensors, in order."""
+    """inputs, outputs: the names of `forward`'s tensors, in order, all float32. precision: of most of the network."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]

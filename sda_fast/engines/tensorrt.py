@@ -56,11 +56,8 @@ class TensorRTEngine:
         tensorrt_api.version()  # first, as it says what to install
         gpu = Gpu(example[0].device)
         profiles = self._profiles(step, len(example[0]))
-        cache = EngineCache(self.cache_dir or default_folder())
         with preparing(self.name), gpu.current():
-            portable = portable_graph(step, None if profiles else len(example[0]))
-            settings = self._settings(portable, step.precision, profiles, gpu)
-            execution, size = self._load_or_build(cache, settings, portable, profiles)
+            execution, size = self._load_or_build(step, None if profiles else len(example[0]), profiles, gpu)
             return TensorRTProgram(self, step, example, execution, size, gpu)
 
     def _profiles(self, step: Step, batch: int) -> Profiles:
@@ -107,23 +104,21 @@ class TensorRTEngine:
             "hardware_compatible": self.hardware_compatible,
         }
 
-    def _load_or_build(
-        self, cache: EngineCache, settings: dict[str, Any], portable: PortableGraph, profiles: Profiles
-    ) -> tuple[Execution, int]:
+    def _load_or_build(self, step: Step, batch: int | None, profiles: Profiles, gpu: "Gpu") -> tuple[Execution, int]:
         """The loaded plan and its size."""
-        built = False
+        cache = EngineCache(self.cache_dir or default_folder())
+        traced = [portable_graph(step, batch)]
+        settings = self._settings(traced[0], step.precision, profiles, gpu)
 
         def build(work: Path) -> bytes:
-            nonlocal built
-            built = True
-            write_onnx(portable, work / "step.onnx")
+            write_onnx(traced.pop(), work / "step.onnx")  # its weights are freed before the builder takes its memory
             return self._build(cache, settings, work / "step.onnx", profiles)
 
         plan = cache.obtain(settings, build)
         try:
             return Execution(plan), len(plan)
         except SdaError as error:
-            if built:
+            if not traced:  # it has just been built
                 raise
             logger.warning("%s; the engine in %s is built again", error, cache.folder)
         plan = cache.obtain(settings, build, refused=plan)

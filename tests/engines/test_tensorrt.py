@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sda_fast.diffusion import LowPass
-from sda_fast.engines import ClassifierStep, DiTStep, GuidedStep, UnguidedStep, create_engine, tensorrt
+from sda_fast.engines import ClassifierStep, DiTStep, GuidedStep, UnguidedStep, create_engine, onnx_export, tensorrt
 from sda_fast.engines.graph import trace
 from sda_fast.engines.onnx_export import export_onnx, portable_graph, write_onnx
 from sda_fast.engines.tensorrt import TensorRTEngine, TensorRTProgram, graph_hash
@@ -56,6 +56,18 @@ def engine(tmp_path):
     return lambda **options: TensorRTEngine(cache_dir=tmp_path / "engines", **options)
 
 
+@pytest.fixture
+def written(monkeypatch, tmp_path):
+    """The ONNX file that the engine built last, which is not there after the build."""
+
+    def write_and_keep(portable, path):
+        write_onnx(portable, path)
+        shutil.copytree(path.parent, tmp_path / "kept", dirs_exist_ok=True)
+
+    monkeypatch.setattr(tensorrt, "write_onnx", write_and_keep)
+    return tmp_path / "kept" / "step.onnx"
+
+
 def check_file(path):
     operators, problems = onnx_rules.check(path)
     assert problems == {}
@@ -63,16 +75,9 @@ def check_file(path):
     return operators
 
 
-def test_the_guided_step_from_weights_to_numbers_at_three_batches(trt, engine, monkeypatch, tmp_path):
+def test_the_guided_step_from_weights_to_numbers_at_three_batches(trt, engine, written, tmp_path):
     """One build with a profile; ONNX Runtime reads and writes the very addresses that the engine binds."""
     fake = trt()
-    kept = tmp_path / "kept"
-
-    def write_and_keep(portable, path):
-        write_onnx(portable, path)
-        shutil.copytree(path.parent, kept)
-
-    monkeypatch.setattr(tensorrt, "write_onnx", write_and_keep)
     step, dynamic = guided_step("fp32"), engine(profile=(1, 3, 16), timing_cache=False)
     programs = {3: dynamic.prepare(step, step.example(3))}
     (path,) = (tmp_path / "engines").glob("*.plan")
@@ -91,7 +96,7 @@ def test_the_guided_step_from_weights_to_numbers_at_three_batches(trt, engine, m
         ("set_shape", "x", (1, 3, 8, 8), (3, 3, 8, 8), (16, 3, 8, 8)),
         ("set_shape", "reference_down", (1, 3, 4, 4), (3, 3, 4, 4), (16, 3, 4, 4)),
     ]
-    check_file(kept / "step.onnx")
+    check_file(written)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -158,10 +163,13 @@ def test_every_problem_of_a_file_is_found(tmp_path):
     }
 
 
-def test_an_engine_is_built_once_and_loaded_after(trt, engine, small, tmp_path):
+def test_an_engine_is_traced_and_built_once_and_loaded_after(trt, engine, small, tmp_path, monkeypatch):
     fake = trt("11.4.0.106")
     example = small.example(2)
+    traced = []
+    monkeypatch.setattr(onnx_export, "trace", lambda *args, **options: traced.append(1) or trace(*args, **options))
     first = engine().prepare(small, example).run(*example)[0].clone()
+    assert len(traced) == 1
     assert torch.allclose(first, small(*example)[0], atol=1e-6)
     fake.calls.clear()
     second = engine().prepare(small, example)
@@ -334,7 +342,7 @@ def test_profiles_that_cannot_be(trt, engine, small, profile, batch, sentence):
         engine(profile=profile).prepare(small, small.example(batch))
 
 
-def test_a_dit_under_guidance_has_a_profile(trt, engine, tiny):
+def test_a_dit_under_guidance_has_a_profile(trt, engine, written, tiny):
     fake = trt()
     torch.manual_seed(0)
     dit = load_dit(tiny.dit)
@@ -351,6 +359,7 @@ def test_a_dit_under_guidance_has_a_profile(trt, engine, tiny):
         ("set_shape", "x", *((n, x.shape[1], size, size) for n in (1, 3, 4))),
         ("set_shape", "conditioning", *((2, n, width) for n in (1, 3, 4))),
     ]
+    assert onnx_rules.check(written)[1] == {}
 
 
 def test_without_tensorrt_or_a_gpu_it_says_so(monkeypatch, trt, small):
