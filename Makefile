@@ -32,11 +32,12 @@ help:
 venv: .venv/.installed
 
 # The build tools stay in .venv: rebuilding after an edit in csrc takes seconds and needs no network.
+# setuptools is for dependencies that publish no wheel (grad-cam): they are built without isolation, too.
 .venv/.tools:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sda_fast needs Python 3.11 or newer; choose one with make PYTHON=...')"
 	@echo "Setting up .venv: several minutes the first time, PyTorch alone is about 2 GB."
 	$(PYTHON) -m venv .venv
-	$(PIP) install --quiet --upgrade pip "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
+	$(PIP) install --quiet --upgrade pip "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja "setuptools>=77"
 	@touch $@
 
 .venv/.installed: $(SOURCES) | .venv/.tools
