@@ -54,7 +54,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f)
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f) tests/ops/emulator/*.h tests/ops/emulator/*.cu
 
 # Every script of benchmarks/, also after one has failed.
 run_benchmarks = status=0; for script in benchmarks/bench_*.py; do $(1) $$script $(2) || status=1; done; exit $$status

@@ -1,5 +1,6 @@
-"""What the operators' tests share: interpreting Triton kernels, compiling kernels for GPUs not at hand."""
+"""What the operators' tests share: running kernels on the CPU, compiling them for GPUs not at hand."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # it is no package: its scripts find each other the same way
-sys.path.append(str(Path(__file__).parent))  # norms
+sys.path.append(str(HERE))  # norms, emulator
 
-import compilation as compilation_module  # noqa: E402  (found by the line above)
+import compilation as compilation_module  # noqa: E402  (found by the lines above)
+from emulator import build  # noqa: E402
 
 from sda_fast import ops  # noqa: E402
 
@@ -42,35 +45,9 @@ def empty_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-INTERPRETER = """
-import importlib, sys, torch
-from sda_fast import ops
-from triton import language as tl
-from triton.runtime import interpreter
-
-truncating = interpreter._convert_float
-
-def convert(values, source, target, rounding):
-    # To bfloat16 the interpreter truncates, a device rounds to the nearest.
-    if (source, target) != (tl.float32, tl.bfloat16):
-        return truncating(values, source, target, rounding)
-    return torch.from_numpy(values.copy()).bfloat16().view(torch.uint16).numpy()
-
-interpreter._convert_float = convert
-torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
-results = []
-with ops.backend("triton"):
-    for module, function, args, kwargs in torch.load(sys.argv[1]):
-        results.append(getattr(importlib.import_module(module), function)(*args, **kwargs))
-        if results[-1] is None:
-            results[-1] = args[0]
-torch.save(results, sys.argv[2])
-"""
-
-
 @pytest.fixture(scope="session")
 def interpret(tmp_path_factory):
-    """Calls functions with backend "triton" under Triton's interpreter, in a process of its own.
+    """Calls functions with backend "triton" under Triton's interpreter, in a process of its own, and checks accesses.
 
     Takes (module, function, args, kwargs) quadruples; returns the results, or the first argument of functions
     that return nothing.
@@ -82,12 +59,39 @@ def interpret(tmp_path_factory):
     def run(calls):
         folder = tmp_path_factory.mktemp("interpreter")
         torch.save(list(calls), folder / "calls.pt")
-        command = [sys.executable, "-c", INTERPRETER, folder / "calls.pt", folder / "results.pt"]
+        command = [sys.executable, HERE / "interpreter.py", folder / "calls.pt", folder / "results.pt"]
         done = subprocess.run(
             command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=folder, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         return torch.load(folder / "results.pt")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def emulate(tmp_path_factory):
+    """Calls functions with backend "cuda" on the CPU, under the emulator, in a process of its own: in three orders of
+    the threads, which must give the same bits, and under the sanitizers of addresses and undefined behaviour.
+
+    Takes and returns what `interpret` does.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder = shared / "emulator"
+    with (shared / "emulator.lock").open("w") as lock:  # one build for all workers
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            build.build_module(folder)
+
+    def run(calls):
+        there = tmp_path_factory.mktemp("emulator")
+        torch.save(list(calls), there / "calls.pt")
+        command = [sys.executable, build.HERE / "run.py", folder / "_core.so", there / "calls.pt", there / "results.pt"]
+        done = subprocess.run(command, env=build.environment(), cwd=there, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return torch.load(there / "results.pt")
 
     return run
 

@@ -108,6 +108,15 @@ LARGER = [
     Sizes(1, 3, 6, 96, 32, out_format=LAST),
     Sizes(1, 3, 3, 33, 1, out_format=LAST),
 ]
+# For the CUDA version, whose tiles and shared memory depend on the size.
+BIG = [
+    Sizes(2, 3, 6, 256, 4),
+    Sizes(2, 3, 6, 256, 4, torch.bfloat16, LAST, LAST),
+    Sizes(1, 3, 3, 256, 1),
+    Sizes(2, 3, 3, 512, 8, torch.float16, out_format=LAST),
+    Sizes(1, 3, 3, 512, 1, out_format=LAST),
+    Sizes(2, 3, 3, 128, 2, out_format=LAST),  # shared memory just below what needs no asking
+]
 
 
 @pytest.mark.parametrize("sizes", [*CASES, *LARGER])
@@ -137,6 +146,33 @@ def test_triton(interpret):
     for rows, other in zip(ROWS, others, strict=True):
         assert_same(other, [result[rows] for result in whole])
     assert torch.equal(filled, whole[0])
+
+
+def test_cuda_emulated(emulate):
+    """Parity, other batches, slices, zero and NaN."""
+    cases = [arguments(sizes) for sizes in [*CASES, *LARGER, *BIG]]
+    batch = arguments(Sizes(7, 3, 6, 64, 4, out_format=LAST))
+    x, out, *rest = arguments(Sizes(2, 3, 6, 32, 4))
+    nan = x.clone()
+    nan[0, 1, 5, 9] = float("nan")
+    others = [
+        batch,
+        *(chosen(batch, rows) for rows in ROWS),
+        (x, out, *rest),
+        (x, out[:, :3], *rest),
+        (nan, out, *rest),
+        only_x(torch.zeros(2, 3, 16, 16), 4),
+    ]
+    results = emulate(("sda_fast.ops", "guidance", args, {"return_x0": True}) for args in [*cases, *others])
+    for args, result in zip(cases, results, strict=False):
+        assert_as_good_as_plain(result, args)
+    whole, *parts, full, cut, of_nan, zero = results[len(cases) :]
+    for rows, part in zip(ROWS, parts, strict=True):
+        assert_same(part, [result[rows] for result in whole])
+    assert_same(cut, full)
+    assert of_nan[1].isnan().tolist() == [True, False]
+    assert not zero[0].any()
+    assert not zero[1].any()
 
 
 ROWS = [[0], [6], [6, 2, 0, 5, 1, 4, 3]]
@@ -393,15 +429,7 @@ def test_on_the_device(backend):
         with ops.backend(backend):
             return [r.cpu() for r in guidance(*(a.cuda() for a in args), return_x0=True, **kwargs)]
 
-    big = [
-        Sizes(2, 3, 6, 256, 4),
-        Sizes(2, 3, 6, 256, 4, torch.bfloat16, LAST, LAST),
-        Sizes(1, 3, 3, 256, 1),
-        Sizes(2, 3, 3, 512, 8, torch.float16, out_format=LAST),
-        Sizes(1, 3, 3, 512, 1, out_format=LAST),
-        Sizes(2, 3, 3, 128, 2, out_format=LAST),  # shared memory just below what needs no asking
-    ]
-    for sizes in [*CASES, *LARGER, *big]:
+    for sizes in [*CASES, *LARGER, *BIG]:
         args = arguments(sizes)
         assert_as_good_as_plain(run(args), args)
     for out_format in (CONTIGUOUS, LAST):

@@ -258,6 +258,31 @@ def test_cuda_compiles(compile_cuda, capability):
     assert (resources.spills, resources.stack) == (0, 0)
 
 
+def words_cuda(out, identities, *, seed, step, first_block, stream=0):
+    images, blocks, _ = out.shape
+    address = identities.data_ptr()
+    _core.philox_words_cuda(out.data_ptr(), images, blocks, first_block, seed, address, step, stream)
+
+
+def test_cuda_emulated(emulate):
+    """The CPU's bits, in both memory formats and with images apart; and the words."""
+    calls, expected = [], []
+    for shape, seed, identities, step in [*CASES, ((3, 3, 32, 32), 9, [0, 1, 2], 3)]:
+        kwargs = dict(seed=seed, identities=identities, step=step)
+        cpu = philox_normal(shape, **kwargs)
+        apart = torch.full((2 * shape[0], *shape[1:]), float("nan"))
+        outs = [torch.full(shape, float("nan")), apart[::2]] + ([channels_last(shape)] if len(shape) == 4 else [])
+        calls += [("sda_fast.ops", "philox_normal", (shape,), {**kwargs, "out": out}) for out in outs]
+        expected += [cpu] * len(outs)
+    where = dict(step=2**31 + 1, first_block=2**32 - 1000)
+    identities, seed = [5, 2**40 + 3, -2], 0xFEDCBA9876543210
+    words = torch.full((3, 1000, 4), -1, dtype=torch.int32), torch.tensor(identities)
+    calls.append(("test_philox_normal", "words_cuda", words, dict(seed=seed, **where)))
+    expected.append(words_cpp(3, 1000, where["first_block"], seed=seed, identities=identities, step=where["step"]))
+    for result, value in zip(emulate(calls), expected, strict=True):
+        assert torch.equal(result, value)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_on_the_device(backend):
@@ -290,7 +315,6 @@ def test_words_on_the_device():
     assert torch.equal(out.cpu(), cpp)
     if _core.cuda_built:
         out.fill_(-1)
-        stream = torch.cuda.current_stream().cuda_stream
-        key = arguments["seed"]
-        _core.philox_words_cuda(out.data_ptr(), 3, 1000, first_block, key, ids.data_ptr(), arguments["step"], stream)
+        arguments["identities"], stream = ids, torch.cuda.current_stream().cuda_stream
+        words_cuda(out, **arguments, first_block=first_block, stream=stream)
         assert torch.equal(out.cpu(), cpp)

@@ -361,6 +361,31 @@ def test_cuda_compiles(compile_cuda, capability):
     assert (resources.spills, resources.stack) == (0, 0)
 
 
+def test_cuda_emulated(emulate):
+    """The CPU's bits: every kind in every layout, in place, alone, and outside of the table."""
+    cases = [
+        (*problem(shape, dtype, **kind), layout)
+        for kind in KINDS.values()
+        for shape in SHAPES
+        for dtype, layout in zip(DTYPES * 2, LAYOUTS, strict=False)
+    ]
+    calls, expected = [], []
+    for args, kwargs, layout in cases:
+        laid, named = lay(layout, args, kwargs)
+        calls += [(laid, {**named, "result": poisoned(laid[0])}), (laid, {**named, "result": laid[0]})]
+        expected += [reverse_step(*args, **kwargs)] * 2
+    (x, out, table, _), kwargs = problem((3, 3, 5, 7), torch.bfloat16, **KINDS["guided, drawn"])
+    for index in (0, 99, -1, 100):
+        calls.append(((x, out, table, torch.tensor([index, 3])), kwargs))
+        expected.append(reverse_step(*calls[-1][0], **kwargs))
+    alone = {name: value[1:2] if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+    calls.append(((x[1:2], out[1:2], table, torch.tensor([99, 3])), alone))
+    expected.append(expected[-3][1:2])
+    results = emulate(("sda_fast.ops", "reverse_step", *call) for call in calls)
+    for result, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
