@@ -41,14 +41,14 @@ class Configuration:
 def configurations(device: str, tiny: bool) -> list[Configuration]:
     """The most telling ones first."""
     engines: list[tuple[str, dict[str, bool]]] = [("inductor", {}), ("inductor", {"cuda_graphs": False}), ("eager", {})]
-    unfused = Configuration("inductor", {"fusion": False}, "bf16", 32)
+    without = [Configuration("inductor", {option: False}, "bf16", 32) for option in ("fusion", "deterministic")]
     if device == "cpu":
         engines = [("eager", {})] if tiny else [("inductor", {}), ("eager", {})]
     batches = (1, 2) if tiny else (8, 32, 16, 64, 1)
     every = [
         Configuration(*engine, precision, n) for precision in ("bf16", "fp16") for n in batches for engine in engines
     ]
-    return every if device == "cpu" else [*every[:6], unfused, *every[6:]]
+    return every if device == "cpu" else [*every[:6], *without, *every[6:]]
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Times, memory and rates of this machine."""
 
+import os
 import platform
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from sda_fast import host_memory
+from sda_fast.numerics import CUBLAS
 
 SOURCE = Path(__file__).parents[2]
 _COPIED = {"cpu": 2**27, "cuda": 2**31}  # bytes, several times what a cache holds
@@ -111,6 +113,7 @@ def environment(device: str, source: Path = SOURCE) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": getattr(sys.modules.get("triton"), "__version__", None),
         "cuda": torch.version.cuda if gpu else None,
+        **({"cublas_workspace_config": os.environ.get(CUBLAS)} if gpu else {}),
         "commit": _commit(source),
     }
 

@@ -3,6 +3,7 @@
 
 def main() -> None:
     """Entry point of `sda-fast` and `python -m sda_fast`."""
+    import os
     import sys
     import warnings
 
@@ -12,4 +13,5 @@ def main() -> None:
     if "--debug" not in sys.argv and not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries' advice to programmers
     keep_freed_memory()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for sda_fast.numerics
     run()

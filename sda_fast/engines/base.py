@@ -1,15 +1,16 @@
 """What every engine is: something that makes a step ready for inputs of fixed shapes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sda_fast.engines.batch_size import is_out_of_memory
-from sda_fast.engines.steps import Step
+from sda_fast.engines.steps import ClassifierStep, Step
 from sda_fast.errors import SdaError
+from sda_fast.numerics import deterministic, tf32_convolutions
 
 
 class Program(Protocol):
@@ -55,6 +56,23 @@ def preparing(engine: str) -> Iterator[None]:
             f'the {engine} engine could not compile this step ({reason}): use --engine eager, or run "sda-fast doctor" '
             "to see what is missing"
         ) from error
+
+
+def arithmetic_of(
+    step: Step, device: torch.device, repeatable: bool = True
+) -> Callable[[], AbstractContextManager[None]]:
+    """What PyTorch keeps to on a GPU while it runs the step, as a context for every run: TF32 in half precision alone
+    and, if `repeatable`, the same bits in every run. A classifier's operators may have no such version; they then warn.
+    """
+    half, any_operators = step.precision != "fp32", isinstance(step, ClassifierStep)
+
+    @contextmanager
+    def arithmetic() -> Iterator[None]:
+        same_bits = deterministic(device, warn_only=any_operators) if repeatable else nullcontext()
+        with same_bits, tf32_convolutions(device, allowed=half):
+            yield
+
+    return arithmetic
 
 
 def versions() -> dict[str, str]:

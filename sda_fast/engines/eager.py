@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sda_fast.engines.base import versions
+from sda_fast.engines.base import arithmetic_of, versions
 from sda_fast.engines.memory import needed_bytes
 from sda_fast.engines.steps import Step
 
 
 @dataclass(frozen=True)
 class EagerEngine:
-    """No preparation, any precision; in half precision images are channels_last, which the operators prefer."""
+    """No preparation, any precision; in half precision images are channels_last, which the operators prefer. On a GPU
+    only algorithms that give the same bits in every run, and TF32 in half precision alone."""
 
     name = "eager"
 
@@ -27,12 +28,14 @@ class EagerEngine:
 class EagerProgram:
     def __init__(self, step: Step, example: tuple[Tensor, ...]):
         self._step, self._example = step, example
+        self._arithmetic = arithmetic_of(step, example[0].device)
         self._format = torch.contiguous_format if step.precision == "fp32" else torch.channels_last
 
     @torch.no_grad()
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         first, *rest = inputs
-        return self._step(first.contiguous(memory_format=self._format), *rest)
+        with self._arithmetic():
+            return self._step(first.contiguous(memory_format=self._format), *rest)
 
     def memory_needed(self) -> int:
         return needed_bytes(self._step, self._example, "eager")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
-from sda_fast.engines.base import preparing, versions
+from sda_fast.engines.base import arithmetic_of, preparing, versions
 from sda_fast.engines.cuda_graph import CudaGraph
 from sda_fast.engines.fusion import fuse_for_gpu
 from sda_fast.engines.graph import trace
@@ -22,19 +22,26 @@ from sda_fast.ops.winograd_convolution import runs as winograd_runs
 class InductorEngine:
     """Images channels_last, norms by this package's operators, weights frozen into the program and packed on the CPU.
 
-    cuda_graphs: replay a run as one CUDA graph (on a GPU). max_autotune: let the compiler time its choices, which
-    takes much longer to prepare. winograd: 3x3 convolutions by minimal filtering, on the CPU in bf16 alone
-    (`engines.winograd`); the same function in real numbers, with up to twice the rounding error. fusion: on a GPU,
-    what `engines.fusion` changes in the graph.
+    cuda_graphs: replay a run as one CUDA graph (on a GPU). deterministic: on a GPU only algorithms that give the same
+    bits in every run. max_autotune: let the compiler time its choices, which takes much longer to prepare and may end
+    otherwise in another process, so on a GPU without `deterministic` alone. winograd: 3x3 convolutions by minimal
+    filtering, on the CPU in bf16 alone (`engines.winograd`); the same function in real numbers, with up to twice the
+    rounding error. fusion: on a GPU, what `engines.fusion` changes in the graph.
     """
 
     cuda_graphs: bool = True
+    deterministic: bool = True
     max_autotune: bool = False
     winograd: bool = False
     fusion: bool = True
     name = "inductor"
 
     def check(self, step: Step, device: torch.device) -> None:
+        if self.max_autotune and self.deterministic and device.type == "cuda":
+            raise SdaError(
+                "max_autotune times its choices, which may be others in the next process: give deterministic=False "
+                "too, or leave it out"
+            )
         if not self.winograd:
             return
         if device.type != "cpu":
@@ -55,22 +62,24 @@ class InductorProgram:
         graph = trace(step, example, channels_last=True)
         if engine.winograd and not use_winograd(graph):
             raise SdaError("winograd takes none of this network's convolutions: leave it out")
-        if (
-            engine.fusion and example[0].is_cuda
-        ):  # on a CPU a convolution adds its bias itself, and sums were measured to cost the same
+        device = example[0].device
+        arithmetic = arithmetic_of(step, device, engine.deterministic)
+        # On a CPU a convolution adds its bias itself, and sums were measured to cost the same.
+        if engine.fusion and device.type == "cuda":
             fuse_for_gpu(graph, products=not engine.max_autotune)  # its own products take what follows them
         self._memory = peak_bytes(graph)
         compiled = torch.compile(graph, dynamic=False, fullgraph=True)
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             first, *rest = inputs
-            return compiled(first.contiguous(memory_format=torch.channels_last), *rest)
+            with arithmetic():
+                return compiled(first.contiguous(memory_format=torch.channels_last), *rest)
 
         # Patched around the first call and not given to torch.compile, which would pass freezing on too late.
-        settings = {"freezing": example[0].device.type == "cpu", "max_autotune": engine.max_autotune}
+        settings = {"freezing": device.type == "cpu", "max_autotune": engine.max_autotune}
         with preparing("inductor"), torch.no_grad(), inductor_config.patch(settings):
             run(*example)
-        graphed = engine.cuda_graphs and example[0].is_cuda
+        graphed = engine.cuda_graphs and device.type == "cuda"
         self._run = CudaGraph(run, example).run if graphed else run
 
     @torch.no_grad()

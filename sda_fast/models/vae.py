@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sda_fast.errors import SdaError
 from sda_fast.models.checkpoints import fill, read_checkpoint, read_config
 from sda_fast.models.convert import looks_like, vae_with_current_keys
+from sda_fast.numerics import tf32_convolutions
 from sda_fast.weights import diffusers_file
 
 
@@ -26,7 +27,8 @@ class VAE(nn.Module):
         8 is the reduction of Stability's autoencoders; others have their own. Images are decoded one by one: the
         decoder's memory is what limits the batch, and an image then does not depend on its neighbours.
         """
-        images = [self.autoencoder.decode(z[None] / self.scale).sample for z in latents]
+        with tf32_convolutions(latents.device, allowed=False):
+            images = [self.autoencoder.decode(z[None] / self.scale).sample for z in latents]
         return torch.cat(images).clamp(-1, 1) if images else latents.new_empty(0, 3, *self._sides(latents))
 
     def _sides(self, latents: Tensor) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from sda_fast.engines.batch_size import is_out_of_memory
 from sda_fast.errors import SdaError
 from sda_fast.files import write_bytes
 from sda_fast.models import Classifier
+from sda_fast.numerics import deterministic
 from sda_fast.stages.augment import Augmentation
 from sda_fast.stages.epochs import epoch_parts
 from sda_fast.stages.loading import Item, Loaded, TrainingImages, load
@@ -52,6 +53,7 @@ def train(
     losses = _restore(out, classifier, optimizer, others)
     epochs, name = range(len(losses), recipe.last_epoch), f"fine-tuning {classifier.config['architecture']}"
     with ExitStack() as stack:
+        stack.enter_context(deterministic(device, warn_only=True))
         if others is not None:
             stack.enter_context(others.collectives(device.type))
         hidden = quiet or (others is not None and not others.first)

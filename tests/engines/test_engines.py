@@ -194,6 +194,14 @@ def test_without_the_onnx_extra(monkeypatch, module):
         create_engine("onnx")
 
 
+def test_autotuning_is_not_deterministic(tiny):
+    step = UnguidedStep(load_adm(tiny.adm))
+    create_engine("inductor", max_autotune=True).check(step, torch.device("cpu"))
+    create_engine("inductor", max_autotune=True, deterministic=False).check(step, torch.device("cuda"))
+    with pytest.raises(SdaError, match="give deterministic=False too, or leave it out"):
+        create_engine("inductor", max_autotune=True).check(step, torch.device("cuda"))
+
+
 def test_without_a_compiler(tiny, tmp_path, monkeypatch):
     from torch._inductor import config
 

@@ -1,11 +1,16 @@
-"""Parity of every engine on the device, by the rule of `sda-fast bench`: float32 within 1e-4, half precision within 1.5
-times the error of plain autocast."""
+"""Every engine on the device: parity by the rule of `sda-fast bench`, float32 within 1e-4 and half precision within 1.5
+times the error of plain autocast; and the same bits again."""
+
+import os
 
 import pytest
 import torch
 
 from sda_fast.bench import bench_step, random_model
+from sda_fast.diffusion import LowPass
+from sda_fast.engines import GuidedStep, create_engine
 from sda_fast.models import ADM, DiT
+from sda_fast.numerics import CUBLAS, CUBLAS_CHOICES
 
 ADM_SMALL = {
     "image_size": 32,
@@ -35,3 +40,22 @@ def test_parity_on_the_device(model, engine, precision):
     row = bench_step(random_model(*MODELS[model]), model, **settings, device="cuda", repeats=1)
     assert "failed" not in row, row["failed"]
     assert row["seconds_per_image"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(os.environ.get(CUBLAS) not in CUBLAS_CHOICES, reason=f"needs {CUBLAS}, which make gpu sets")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_guided_step_has_the_same_bits_again(engine, precision):
+    """Attention has 1,024 tokens: its gradient is added up from several blocks."""
+    name, options = ENGINES[engine]
+    adm = random_model(ADM, {**ADM_SMALL, "image_size": 64}).cuda()
+    step = GuidedStep(adm, LowPass(64, 4), precision)
+    inputs = step.example(8)
+    program = create_engine(name, **options).prepare(step, inputs)
+    first = [output.clone() for output in program.run(*inputs)]
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(program.run(*inputs), first, strict=True))
+    again = create_engine(name, **options).prepare(step, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(again.run(*inputs), first, strict=True))
