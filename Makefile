@@ -67,7 +67,7 @@ bench: venv
 
 # The package is run from where it is installed, never from its source folder, which lacks the compiled module: -P.
 # The variable lets all of PyTorch be deterministic, as the command sda-fast does.
-gpu: export CUBLAS_WORKSPACE_CONFIG = :4096:8
+gpu: export CUBLAS_WORKSPACE_CONFIG ?= :4096:8
 gpu: gpu-install
 	@mkdir -p $(OUT)
 	$(MAKE) --no-print-directory --keep-going $(addprefix gpu-,$(or $(PARTS_$(PART)),$(if $(filter %-test %-bench %-sanitize %-adm %-dit %-pipeline %-eager %-inductor,$(PART)),$(PART),$(PART)-test)))

@@ -1,14 +1,15 @@
 """What is set so that a GPU gives the same bits in every run, and float32; and what is left behind."""
 
 import os
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._inductor import config as inductor_config
 
 from sda_fast import cli
-from sda_fast.engines import ClassifierStep, UnguidedStep
+from sda_fast.engines import ClassifierStep, UnguidedStep, create_engine
 from sda_fast.engines.base import arithmetic_of
 from sda_fast.models import load_adm, load_classifier
 from sda_fast.numerics import CUBLAS, deterministic, tf32_convolutions
@@ -63,9 +64,9 @@ def test_the_strictest_wins_and_the_user_keeps_what_was_chosen(monkeypatch):
 
 @pytest.mark.parametrize(("given", "expected"), [(None, ":4096:8"), (":16:8", ":16:8")])
 def test_commands_let_products_be_deterministic(monkeypatch, given, expected):
-    monkeypatch.delenv(CUBLAS, raising=False)
-    if given:
-        monkeypatch.setenv(CUBLAS, given)
+    monkeypatch.setenv(CUBLAS, given or "")  # so that it is as it was, afterwards
+    if given is None:
+        monkeypatch.delenv(CUBLAS)
     monkeypatch.setattr("sys.argv", ["sda-fast", "--version"])
     monkeypatch.setattr("sda_fast.host_memory.keep_freed_memory", lambda: True)
     with pytest.raises(SystemExit):
@@ -83,6 +84,7 @@ def restored():
     before = tf32()
     yield
     cudnn = torch.backends.cudnn
+    torch.backends.fp32_precision = "none"
     cudnn.allow_tf32, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
@@ -109,6 +111,16 @@ def test_float32_where_the_newer_settings_are_used(restored):
     assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("tf32", "ieee")
 
 
+def test_convolutions_follow_wider_settings_afterwards_too(restored):
+    torch.backends.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "none"
+    with tf32_convolutions(GPU, allowed=True):
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    torch.backends.fp32_precision = "tf32"
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
 def test_what_engines_keep_to(monkeypatch, tiny):
     monkeypatch.setenv(CUBLAS, ":4096:8")
     network = UnguidedStep(load_adm(tiny.adm))
@@ -121,3 +133,58 @@ def test_what_engines_keep_to(monkeypatch, tiny):
         assert (settings(), tf32()[1]) == (HARDEST, "tf32")
     with arithmetic_of(ClassifierStep(load_classifier(tiny.resnet), 16), GPU)():
         assert (settings(), tf32()[1]) == (LENIENT, "ieee")
+
+
+class EnteredError(Exception):
+    pass
+
+
+@contextmanager
+def entered(*arguments, **settings):
+    raise EnteredError
+    yield
+
+
+def enters(monkeypatch, name, call):
+    monkeypatch.setattr(name, entered)
+    with pytest.raises(EnteredError):
+        call()
+
+
+def test_engines_run_inside(monkeypatch, tiny):
+    step = UnguidedStep(load_adm(tiny.adm))
+    example = step.example(1)
+    for name in ("eager", "inductor"):
+        monkeypatch.setattr(f"sda_fast.engines.{name}.arithmetic_of", lambda *arguments: entered)
+        monkeypatch.setattr("sda_fast.engines.inductor.preparing", nullcontext)  # reports what it does not know
+        with pytest.raises(EnteredError):
+            create_engine(name).prepare(step, example).run(*example)
+
+
+def test_stages_compute_inside(monkeypatch, tiny, tmp_path, write_images):
+    from sda_fast.models.vae import VAE
+    from sda_fast.stages.evaluate import evaluate
+    from sda_fast.stages.finetune import finetune
+    from sda_fast.studies import scoring
+
+    images = write_images(tmp_path / "in", [f"{name}/0.png" for name in tiny.classes])
+    enters(
+        monkeypatch,
+        "sda_fast.stages.evaluate.plain_float32",
+        lambda: evaluate(images, tmp_path / "scores", tiny.resnet, methods=["source"]),
+    )
+    enters(
+        monkeypatch,
+        "sda_fast.stages.training.deterministic",
+        lambda: finetune(images, tmp_path / "finetuned", tiny.resnet),
+    )
+    method = SimpleNamespace(reset=lambda: None)
+    shown = torch.zeros(1, 3, 16, 16), None
+    enters(
+        monkeypatch,
+        "sda_fast.studies.scoring.plain_float32",
+        lambda: scoring._see(method, [[["a"]]], lambda batch: shown, {"a": 0}, {}, None, "cpu"),
+    )
+    vae = VAE(SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0)))
+    enters(monkeypatch, "sda_fast.models.vae.plain_float32", lambda: vae.decode(torch.zeros(1, 4, 2, 2)))
+    enters(monkeypatch, "sda_fast.models.vae.plain_float32", lambda: vae.encode(torch.zeros(1, 3, 16, 16)))

@@ -61,8 +61,9 @@ def preparing(engine: str) -> Iterator[None]:
 def arithmetic_of(
     step: Step, device: torch.device, repeatable: bool = True
 ) -> Callable[[], AbstractContextManager[None]]:
-    """What PyTorch keeps to on a GPU while it runs the step, as a context for every run: TF32 in half precision alone
-    and, if `repeatable`, the same bits in every run. A classifier's operators may have no such version; they then warn.
+    """What PyTorch keeps to on a GPU while it runs the step, as a context for every run: convolutions in TF32 in half
+    precision alone and, if `repeatable`, the same bits in every run. A classifier's operators may have no version that
+    gives them; they then warn.
     """
     half, any_operators = step.precision != "fp32", isinstance(step, ClassifierStep)
 

@@ -119,9 +119,7 @@ class DiffusionTTA(Adapting):
         size = self.dit.input_size
         if self.vae is None:
             return resized(images, size)
-        autoencoder = self.vae.autoencoder
-        reduction = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-        return autoencoder.encode(resized(images, size * reduction)).latent_dist.mean * self.vae.scale
+        return self.vae.encode(resized(images, size * self.vae.reduction))
 
     def accumulate(self, image: Tensor, x0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """Add the gradients of the loss of P pairs to the parameters'; returns the loss.

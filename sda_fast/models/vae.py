@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sda_fast.errors import SdaError
 from sda_fast.models.checkpoints import fill, read_checkpoint, read_config
 from sda_fast.models.convert import looks_like, vae_with_current_keys
-from sda_fast.numerics import tf32_convolutions
+from sda_fast.numerics import plain_float32
 from sda_fast.weights import diffusers_file
 
 
@@ -27,13 +27,22 @@ class VAE(nn.Module):
         8 is the reduction of Stability's autoencoders; others have their own. Images are decoded one by one: the
         decoder's memory is what limits the batch, and an image then does not depend on its neighbours.
         """
-        with tf32_convolutions(latents.device, allowed=False):
+        with plain_float32(latents.device):
             images = [self.autoencoder.decode(z[None] / self.scale).sample for z in latents]
         return torch.cat(images).clamp(-1, 1) if images else latents.new_empty(0, 3, *self._sides(latents))
 
+    def encode(self, images: Tensor) -> Tensor:
+        """images float [N, 3, 8h, 8w] in [-1, 1] -> the means of their latents [N, C, h, w], as the DiT takes them."""
+        with plain_float32(images.device):
+            return self.autoencoder.encode(images).latent_dist.mean * self.scale
+
+    @property
+    def reduction(self) -> int:
+        """Pixels of an image in a pixel of its latents, along a side."""
+        return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+
     def _sides(self, latents: Tensor) -> tuple[int, int]:
-        reduction = 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
-        return latents.shape[-2] * reduction, latents.shape[-1] * reduction
+        return latents.shape[-2] * self.reduction, latents.shape[-1] * self.reduction
 
 
 def vae_file(path: str | Path) -> Path:

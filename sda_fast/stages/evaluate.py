@@ -33,7 +33,7 @@ from sda_fast.methods import METHODS, create, method_class
 from sda_fast.methods.base import Method
 from sda_fast.methods.ensembles import MODES
 from sda_fast.models import Classifier, load_classifier
-from sda_fast.numerics import deterministic, tf32_convolutions
+from sda_fast.numerics import plain_float32
 from sda_fast.stages.failures import Failures, report_listing, write_failures
 from sda_fast.stages.manifest import file_sha256, made_with, open_output
 from sda_fast.stages.networks import load_networks, network_files
@@ -314,7 +314,6 @@ def _outcomes(
         folders = {"": by_key, **pairs}
         return {kind: reader([members[key] for key in keys]) for kind, members in folders.items()}
 
-    where = torch.device(device)
     loaded = Prefetcher(read, batches)
     for keys in batches:
         pictures = loaded(keys)
@@ -326,7 +325,7 @@ def _outcomes(
             seeds = [identity("evaluate", keys[i]) for i in good]
             x = {kind: _stack([images[i] for i in good]).to(device) for kind, images in pictures.items()}
             for method, results in zip(methods, correct, strict=True):
-                with deterministic(where, warn_only=True), tf32_convolutions(where, allowed=False):
+                with plain_float32(torch.device(device)):
                     scores = method(x[""], x.get(method.projection) if method.projection else None, seeds)
                 results.append(scores.argmax(dim=1).cpu() == truth)
         advance(len(keys))

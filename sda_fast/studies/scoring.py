@@ -26,6 +26,7 @@ from sda_fast.errors import SdaError
 from sda_fast.files import write_json
 from sda_fast.methods.base import Method
 from sda_fast.models import Classifier
+from sda_fast.numerics import plain_float32
 from sda_fast.stages.batches import Work, run_batches
 from sda_fast.stages.evaluate import _describe, _groups
 from sda_fast.stages.manifest import open_output
@@ -195,7 +196,8 @@ def _see(
         for batch in part:
             images, projected = show(batch)
             begun = clock()
-            scores = tta(images, projected, [identity("evaluate", key) for key in batch])
+            with plain_float32(torch.device(device)):
+                scores = tta(images, projected, [identity("evaluate", key) for key in batch])
             predicted = scores.argmax(dim=1).tolist()
             kept["seconds"] += clock() - begun
             kept["timed"] += len(batch)

@@ -9,25 +9,29 @@ N, BLOCK = 24, 16
 
 
 @triton.jit
-def copy_kernel(p_from, p_to, n, reach, step, again: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+def copy_kernel(
+    p_from, p_to, n, reach, step, twice: tl.constexpr, again: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+):
     p_from = tl.multiple_of(p_from, 4 * VECTOR)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_value = tl.load(p_from + i, mask=i < n + reach, other=0.0)
     tl.store(p_to + i * step, b_value, mask=i < n)
+    if twice:
+        tl.store(p_to + i * step, b_value, mask=i < n)
     if again:
         b_value = tl.load(p_to + i * step, mask=i < n)
         tl.store(p_from + i, b_value, mask=i < n)
 
 
-def copy(source, target, reach, step, again, vector):
-    copy_kernel[(triton.cdiv(N, BLOCK),)](source, target, N, reach, step, again, vector, BLOCK=BLOCK)
+def copy(source, target, reach, step, twice, again, vector):
+    copy_kernel[(triton.cdiv(N, BLOCK),)](source, target, N, reach, step, twice, again, vector, BLOCK=BLOCK)
     return target
 
 
-def call(target=None, reach=0, step=1, again=False, vector=4, first=0):
+def call(target=None, reach=0, step=1, twice=False, again=False, first=0):
     source = torch.arange(float(first + N))[first:]
     target = torch.full((N,), float("nan")) if target is None else target(source)
-    args = (source, target, reach, step, again, vector)
+    args = (source, target, reach, step, twice, again, 4)
     return "test_interpreter", "copy", args, {}
 
 
@@ -41,7 +45,12 @@ def test_a_right_kernel(interpret):
     ("fault", "reason"),
     [
         (dict(reach=1), r"program 1 leaves its tensors at \[8\]"),
-        (dict(target=lambda source: source[1:]), r"program 0 writes what another one reads|program 1 reads what"),
+        (dict(target=lambda source: source[1:]), "program 1 reads what a program of its launch writes"),
+        (
+            dict(target=lambda source: source.as_strided((N,), (1,), 0), first=4),
+            "program 1 writes what another one",
+        ),
+        (dict(twice=True), "program 0 writes what was written in its launch"),
         (dict(step=0), "program 0 writes two values to one address"),
         (dict(again=True), "program 0 reads what a program of its launch writes"),
         (dict(first=1), "are no multiples of 16"),

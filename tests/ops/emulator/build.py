@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sysconfig
 from functools import cache
@@ -11,7 +13,7 @@ import pybind11
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
-COMPILER = os.environ.get("CXX", "c++")
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 FLAGS = ("-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
 KERNEL_FLAGS = ("-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", f"-I{HERE}", f"-I{CSRC / 'cuda'}")
@@ -19,10 +21,20 @@ KERNEL_FLAGS = ("-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", f"
 
 @cache
 def address_sanitizer() -> Path | None:
-    """The library of GCC's address sanitizer, which a process must load first of all; None where there is none."""
-    found = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    path = Path(found.stdout.strip())
+    """The library of GCC's address sanitizer, which a process must load first of all; None with another compiler."""
+    if not compiles() or "Free Software Foundation" not in _output("--version"):
+        return None
+    path = Path(_output("-print-file-name=libasan.so").strip())
     return path if path.is_absolute() else None
+
+
+def compiles() -> bool:
+    """Whether there is a C++ compiler."""
+    return shutil.which(COMPILER[0]) is not None
+
+
+def _output(option: str) -> str:
+    return subprocess.run([*COMPILER, option], capture_output=True, text=True).stdout
 
 
 def sanitizers() -> tuple[str, ...]:
@@ -45,7 +57,7 @@ def build_module(folder: Path) -> Path:
 
     def compile_(source: Path, *flags: str) -> None:
         objects.append(folder / f"{len(objects)}.o")
-        run(COMPILER, *FLAGS, *flags, "-c", source, "-o", objects[-1])
+        run(*COMPILER, *FLAGS, *flags, "-c", source, "-o", objects[-1])
 
     for path in sorted((CSRC / "cuda").glob("*.cu")):
         source = folder / f"{path.stem}.cpp"
@@ -55,9 +67,9 @@ def build_module(folder: Path) -> Path:
         compile_(path, "-O0", "-w")
     python = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}")
     compile_(CSRC / "bindings.cpp", "-O0", '-DSDA_CUDA="80"', *python)
-    target = folder / "_core.so"
-    run(COMPILER, "-shared", *sanitizers(), *objects, "-o", target)
-    return target
+    linked = folder / "linked.so"
+    run(*COMPILER, "-shared", *sanitizers(), *objects, "-o", linked)
+    return linked.rename(folder / "_core.so")
 
 
 def run(*command: object) -> None:
