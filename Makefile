@@ -75,7 +75,7 @@ gpu: gpu-install
 gpu-install:
 ifeq ($(DEVICE),cuda)
 	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch finds no NVIDIA GPU here')"
-	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps .
+	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --config-settings=build-dir=build/gpu-wheel .
 endif
 
 gpu-%-test:

@@ -38,7 +38,10 @@ def main() -> None:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     found = {}
     for tool in options.tools.split(","):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--calls-only"]
+        # Libraries ask the driver for functions that it may not have, which memcheck would count as errors.
+        options_of = ["--report-api-errors", "no"] if tool == "memcheck" else []
+        command = [sanitizer, "--tool", tool, *options_of, "--error-exitcode", "9", sys.executable, __file__]
+        command.append("--calls-only")
         found[tool] = subprocess.run(command, env=environment).returncode
         print(f"{tool}: {'clean' if found[tool] == 0 else f'FAILED with exit status {found[tool]}'}", flush=True)
     sys.exit(1 if any(found.values()) else 0)

@@ -48,8 +48,9 @@ def _check_device(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise SdaError(f'device {device!r} cannot be used on this machine ({reason}): give "cpu"') from error
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)  # decoders and streams go to the current one
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)  # decoders and streams go to the current one
     return device
 
 

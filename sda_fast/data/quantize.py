@@ -25,7 +25,7 @@ def to_unit(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     x = x.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     # Divided by a tensor on the same device: by a Python number, CUDA would multiply with the rounded inverse
     # and end one unit in the last place away from the CPU.
-    return x / torch.tensor(127.5, device=x.device) - 1
+    return x / torch.full((), 127.5, device=x.device) - 1
 
 
 def to_uint8(x: torch.Tensor, mode: Quantization = "round") -> np.ndarray:

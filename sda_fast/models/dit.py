@@ -13,14 +13,14 @@ from sda_fast.ops import gate_residual, modulate
 def _modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """norm(x) (1 + scale) + shift; x [N, T, C], shift and scale [N, C], in x's dtype."""
     if x.is_cuda and not torch.is_grad_enabled():
-        return modulate(x, shift, scale, norm.eps)
+        return modulate(x.contiguous(), shift, scale, norm.eps)  # the first block's lie as the convolution left them
     return (norm(x) * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
 
 
 def _gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate y; x, y [N, T, C], gate [N, C], in x's dtype."""
     if x.is_cuda and not torch.is_grad_enabled():
-        return gate_residual(x, gate, y)
+        return gate_residual(x.contiguous(), gate, y)
     return (x + gate[:, None] * y).to(x.dtype)
 
 

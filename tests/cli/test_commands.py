@@ -2,6 +2,7 @@ import json
 import re
 
 import pytest
+import torch
 
 import sda_fast
 from sda_fast.photos.dataset import CLASSES
@@ -55,7 +56,11 @@ def test_version(cli):
     assert (said.code, said.out, said.err) == (0, f"sda-fast {sda_fast.__version__}\n", "")
 
 
-def test_the_stages_one_after_the_other(tmp_path, cli, tiny, images):
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def test_the_stages_one_after_the_other(tmp_path, cli, tiny, images, device):
     """Each command with --json prints one object and nothing else; without it, a sentence."""
     raw, aligned, tuned = tmp_path / "raw", tmp_path / "aligned", tmp_path / "tuned"
     dda, pure = tmp_path / "dda", tmp_path / "diffpure"
@@ -78,13 +83,15 @@ def test_the_stages_one_after_the_other(tmp_path, cli, tiny, images):
         ),
     }
     for sentence, command in commands.items():
+        command += ("--device", device)
         said = cli(*command, "--json")
         assert (said.code, said.err) == (0, "")
         assert isinstance(json.loads(said.out), dict)
         said = cli(*command)
         assert (said.code, said.out, said.err) == (0, f"{sentence}\n", "")
 
-    options = ("--model", tiny.resnet, "--finetuned", tuned / "model.safetensors", "--projection", f"dda={dda}")
+    options = ("--device", device, "--model", tiny.resnet, "--finetuned", tuned / "model.safetensors")
+    options += ("--projection", f"dda={dda}")
     command = ("evaluate", "-i", images, "-o", tmp_path / "results", *options, "--projection", f"diffpure={pure}")
     said = cli(*command, "--json")
     assert (said.code, said.err) == (0, "")
@@ -97,6 +104,9 @@ def test_the_stages_one_after_the_other(tmp_path, cli, tiny, images):
     chosen = ("--method", "sda", "--ensemble", "confidence", "--batch-size", 2)
     said = cli("evaluate", "-i", images, "-o", tmp_path / "one", *options, *chosen, "--json")
     assert [row["method"] for row in json.loads(said.out)["rows"]] == ["SDA"] * 2
+    adapting = ("--method", "tent", "--method", "memo", "--batch-size", 2)
+    said = cli("evaluate", "-i", images, "-o", tmp_path / "adapting", *options, *adapting, "--json")
+    assert [row["method"] for row in json.loads(said.out)["rows"]] == ["Tent", "MEMO"] * 2
 
 
 def test_classes_from_a_file_and_only_some_of_them(tmp_path, cli, tiny, pictures):
