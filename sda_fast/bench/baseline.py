@@ -22,7 +22,7 @@ SCALES = (1.25, 0.75)  # x_0 = a x_t - b eps of the step timed; any numbers cost
 def published(model: ADM | DiT) -> nn.Module:
     """The published UNet with the ADM's own weights, not copied; a DiT is its own original."""
     if isinstance(model, DiT):
-        return model
+        return model.requires_grad_(False)
     with torch.device("meta"):
         unet = reference.UNet(**{**_DEFAULTS, **model.config}).eval()
     unet.load_state_dict(model.state_dict(), assign=True)
@@ -63,7 +63,9 @@ def _guided(network: nn.Module, x: Tensor, coefficients: Tensor, reference_down:
 def _run(network: nn.Module, x: Tensor) -> Tensor:
     timesteps = torch.full((len(x),), TIMESTEP, device=x.device)
     if isinstance(network, DiT):
-        return network(x, timesteps, torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        with torch.enable_grad():  # without, a GPU runs this package's kernels, which are what is compared
+            return network(x, timesteps, labels).detach()
     return network(x, timesteps)
 
 

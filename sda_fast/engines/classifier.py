@@ -26,5 +26,5 @@ class EngineClassifier(nn.Module):
         for part in images.split(self._batch_size):
             missing = self._batch_size - len(part)
             padded = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
-            logits.append(self._run(padded)[0][: len(part)])
+            logits.append(self._run(padded)[0][: len(part)].clone())  # the next run may overwrite its outputs
         return torch.cat(logits)

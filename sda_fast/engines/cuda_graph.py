@@ -14,6 +14,7 @@ class CudaGraph:
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], example: tuple[Tensor, ...]):
         self._inputs = tuple(x.clone() for x in example)
+        self._function = function  # owns the weights whose addresses the graph holds
         self._device = example[0].device
         # Streams and captures are of the current device, which need not be the inputs'.
         with torch.cuda.device(self._device), torch.no_grad():
@@ -24,7 +25,8 @@ class CudaGraph:
                 for _ in range(_WARM_UPS):
                     function(*self._inputs)
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self._graph, stream=stream):
+            # Other threads may use the GPU meanwhile, to decode images.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._outputs = function(*self._inputs)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:

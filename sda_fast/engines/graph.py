@@ -38,7 +38,8 @@ def trace(
     mode: Literal["symbolic", "fake"] = "symbolic" if dynamic_batch else "fake"
     if channels_last:
         example = tuple(_channels_last(x) for x in example)
-    with torch.no_grad(), _fused_attention():
+    # In this thread, whose own the modes of tracing are; gradients on a GPU would have another.
+    with torch.no_grad(), _fused_attention(), torch.autograd.set_multithreading_enabled(False):
         graph = make_fx(step, decomposition_table=dict(table), tracing_mode=mode, _allow_non_fake_inputs=True)(*example)
     _remove_detach(graph)
     fold_constants(graph)

@@ -77,10 +77,11 @@ class InductorProgram:
 
         # Patched around the first call and not given to torch.compile, which would pass freezing on too late.
         settings = {"freezing": device.type == "cpu", "max_autotune": engine.max_autotune}
-        with preparing("inductor"), torch.no_grad(), inductor_config.patch(settings):
-            run(*example)
-        graphed = engine.cuda_graphs and device.type == "cuda"
-        self._run = CudaGraph(run, example).run if graphed else run
+        with preparing("inductor"):
+            with torch.no_grad(), inductor_config.patch(settings):
+                run(*example)
+            graphed = engine.cuda_graphs and device.type == "cuda"
+            self._run = CudaGraph(run, example).run if graphed else run
 
     @torch.no_grad()
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -308,12 +308,18 @@ def test_alone_on_the_device():
     check_batches(run, [(4, 72), (3, 77), (256, 1152)])
 
 
+def with_strides_of(t):
+    """t on the device with its own strides, overlapping ones too, from where it starts in its storage."""
+    elements = t.untyped_storage().nbytes() // t.element_size() - t.storage_offset()
+    return t.as_strided((elements,), (1,)).cuda().as_strided(t.size(), t.stride(), 0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 3, 72), (3, 2, 13)])
 def test_layouts_on_the_device(shape):
     """Strides and odd addresses kept on the way to the device: the bits are those of dense copies."""
     for tensors in layouts(shape):
-        device = [torch.empty_strided(t.size(), t.stride(), device="cuda").copy_(t) for t in tensors]
+        device = [with_strides_of(t) for t in tensors]
         storage = torch.empty(device[0].numel() + 1, device="cuda")
         device[0] = storage[1:].view(device[0].shape).copy_(device[0])  # four bytes off a vector
         x, shift, scale, gate, y = device
