@@ -97,7 +97,7 @@ def plan(kind: Any, config: dict[str, Any], precision: Any, batch: int, fused: b
 @torch.library.custom_op("gpu_plan::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Flash attention's operands and results: to choose the real one, PyTorch asks a GPU."""
-    raise NotImplementedError
+    raise NotImplementedError  # planned with fake tensors, never run
 
 
 @attention.register_fake
@@ -109,7 +109,7 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError
+    raise NotImplementedError  # planned with fake tensors, never run
 
 
 @attention_backward.register_fake

@@ -39,9 +39,8 @@ def main() -> None:
     found = {}
     for tool in options.tools.split(","):
         # Libraries ask the driver for functions that it may not have, which memcheck would count as errors.
-        options_of = ["--report-api-errors", "no"] if tool == "memcheck" else []
-        command = [sanitizer, "--tool", tool, *options_of, "--error-exitcode", "9", sys.executable, __file__]
-        command.append("--calls-only")
+        quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
+        command = [sanitizer, "--tool", tool, *quiet, "--error-exitcode", "9", sys.executable, __file__, "--calls-only"]
         found[tool] = subprocess.run(command, env=environment).returncode
         print(f"{tool}: {'clean' if found[tool] == 0 else f'FAILED with exit status {found[tool]}'}", flush=True)
     sys.exit(1 if any(found.values()) else 0)
