@@ -47,6 +47,21 @@ def deterministic(device: torch.device, *, warn_only: bool = False) -> Iterator[
 
 
 @contextmanager
+def timed_convolutions(device: torch.device) -> Iterator[None]:
+    """Inside the block cuDNN times its algorithms for every new shape of a convolution and keeps to the fastest, which
+    may be another one in the next process."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
+@contextmanager
 def tf32_convolutions(device: torch.device, allowed: bool) -> Iterator[None]:
     """Whether, inside the block, float32 convolutions on a GPU are computed in TF32, which rounds their factors to ten
     bits, as PyTorch does by itself. Matrix products are left alone: they are in TF32 where the process asks for it.

@@ -142,6 +142,20 @@ def test_a_profile(small, cli):
     assert "kernels" not in json.loads(cli("bench", "--repeats", 1, "--json").out)
 
 
+def test_the_last_image_of_a_large_batch_is_compared(monkeypatch):
+    run = eager.EagerProgram.run
+
+    def wrong(self, *inputs):
+        outputs = [output.clone() for output in run(self, *inputs)]
+        outputs[0][-1] *= 1.01
+        return tuple(outputs)
+
+    network = bench.random_model(*bench.TINY["adm"])
+    assert "failed" not in bench.bench_step(network, "tiny", batch=9, repeats=1)
+    monkeypatch.setattr(eager.EagerProgram, "run", wrong)
+    assert "differs from float32 in out" in bench.bench_step(network, "tiny", batch=9, repeats=1)["failed"]
+
+
 @pytest.mark.parametrize("output", [0, 1, 2, 3])
 @pytest.mark.parametrize("spoil", [lambda y: y * 1.001, lambda y: y * float("nan")], ids=["wrong", "nan"])
 def test_no_time_of_a_wrong_step(monkeypatch, output, spoil):

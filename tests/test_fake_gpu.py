@@ -37,7 +37,8 @@ def test_dit(precision, cfg_scale):
 
 
 def test_what_a_benchmark_compares_dit_with():
-    (out,) = plain_outputs(made(DiT, **DIT, num_classes=3), (torch.randn(2, 3, 16, 16, device=GPU),), guided=False)
+    network = made(DiT, **DIT, num_classes=3)
+    (out,) = plain_outputs(network, (torch.randn(2, 3, 16, 16, device=GPU),), [0, 1], guided=False)
     assert (out.shape[0], out.dtype) == (2, torch.float32)
 
 

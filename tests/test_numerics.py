@@ -16,6 +16,7 @@ from sda_fast.numerics import CUBLAS, deterministic, tf32_convolutions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")  # neither is touched
 OFF = (False, False, True, False, False, False)
+TIMED = (False, True, True, False, False, False)
 HARDEST = (True, False, False, True, True, False)
 LENIENT = (True, False, False, True, True, True)
 WITHOUT_PRODUCTS = (True, False, False, True, False, False)
@@ -128,6 +129,9 @@ def test_what_engines_keep_to(monkeypatch, tiny):
         assert (settings(), tf32()[1]) == (HARDEST, "ieee")
     with arithmetic_of(network, GPU, repeatable=False)():
         assert (settings(), tf32()[1]) == (OFF, "ieee")
+    with arithmetic_of(network, GPU, repeatable=False, timed=True)():
+        assert (settings(), tf32()[1]) == (TIMED, "ieee")
+    assert settings() == OFF
     network.precision = "bf16"
     with arithmetic_of(network, GPU)():
         assert (settings(), tf32()[1]) == (HARDEST, "tf32")

@@ -1,6 +1,6 @@
 """The other side of a comparison: a step as published, exact for parity and at its published cost for time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,15 +30,18 @@ def published(model: ADM | DiT) -> nn.Module:
 
 
 def plain_outputs(
-    network: nn.Module, inputs: tuple[Tensor, ...], guided: bool, autocast: torch.dtype | None = None
+    network: nn.Module,
+    inputs: tuple[Tensor, ...],
+    images: Sequence[int],
+    guided: bool,
+    autocast: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """What the step of a model must return for `inputs`, the example's, by plain operations, float32 (or autocast).
-
-    Image by image, because the whole batch may need more memory than there is.
+    """What the step of a model must return for these images of `inputs`, the example's, by plain operations in float32
+    (or autocast). Image by image, because the whole batch may need more memory than there is.
     """
     x, *rest = inputs
     rows = []
-    for i in range(len(x)):
+    for i in images:
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             if guided:
                 _, coefficients, reference_down = rest

@@ -17,6 +17,7 @@ from sda_fast.errors import SdaError
 from sda_fast.models import ADM, DiT
 
 FP32_BOUND = 1e-4  # relative error of every output
+COMPARED = 4  # images of a batch, at most
 HALF_FACTOR = 1.5  # in half precision: how many times the error of plain autocast
 
 Row = dict[str, Any]
@@ -39,9 +40,10 @@ def bench_step(
     """One JSON-able row of a step of `model`, which is moved to the device; options: the engine's fields; profile: with
     "kernels", the seconds of a further run kernel by kernel.
 
-    Where `parity` fails, the row has "failed", a sentence, in place of times. Seconds are the median of `repeats`
-    runs, taken in turn with the original's (`baseline.published_step`). Peak memory: on a GPU the most that was
-    allocated from preparation on above what stood before it, on the CPU by how much the process grew in a run.
+    `parity` is that of up to four images, the first and last of the batch; where it fails, the row has "failed", a
+    sentence, in place of times. Seconds are the median of `repeats` runs, taken in turn with the original's
+    (`baseline.published_step`). Peak memory: on a GPU the most that was allocated from preparation on above what stood
+    before it, on the CPU by how much the process grew in a run.
     """
     if batch < 1 or repeats < 1:
         raise SdaError("--batch and --repeats must be at least 1")
@@ -53,7 +55,8 @@ def bench_step(
     chosen = create_engine(engine, **(options or {}))
     chosen.check(step, torch.device(device))
     with tf32(False):
-        bounds, exact = _bounds(model, step.outputs, example, precision, guided)
+        images = _compared(batch)
+        bounds, exact = _bounds(model, step.outputs, example, images, precision, guided)
         before = 0
         if gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -62,7 +65,7 @@ def bench_step(
         prepare_seconds = seconds(lambda: programs.append(chosen.prepare(step, example)), device)
         (program,) = programs
         outputs = dict(zip(step.outputs, program.run(*example), strict=True))
-        errors = {name: relative_error(outputs[name], exact[name]) for name in exact}
+        errors = {name: relative_error(outputs[name][images], exact[name]) for name in exact}
         row: Row = {
             "benchmark": "step",
             "preset": preset,
@@ -150,15 +153,27 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
+def _compared(batch: int) -> list[int]:
+    """The images of a batch whose outputs are compared: the first and the last ones, for the published network takes
+    as long for 64 as everything else together."""
+    ends = COMPARED // 2
+    return list(range(batch)) if batch <= COMPARED else [*range(ends), *range(batch - ends, batch)]
+
+
 def _bounds(
-    model: ADM | DiT, names: tuple[str, ...], example: tuple[Tensor, ...], precision: Precision, guided: bool
+    model: ADM | DiT,
+    names: tuple[str, ...],
+    example: tuple[Tensor, ...],
+    images: list[int],
+    precision: Precision,
+    guided: bool,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """The allowed relative error of every output, and the outputs in float32."""
+    """The allowed relative error of every output, and the outputs of these images in float32."""
     network = published(model)
-    exact = dict(zip(names, plain_outputs(network, example, guided), strict=True))
+    exact = dict(zip(names, plain_outputs(network, example, images, guided), strict=True))
     if precision == "fp32":
         return dict.fromkeys(names, FP32_BOUND), exact
-    plain = plain_outputs(network, example, guided, dtype_of(precision))
+    plain = plain_outputs(network, example, images, guided, dtype_of(precision))
     errors = {name: relative_error(y, exact[name]) for name, y in zip(names, plain, strict=True)}
     if guided:  # one number per image, which can be right by chance: as wrong as the gradient it belongs to
         errors["squares"] = max(errors["squares"], errors["cotangent"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from sda_fast.engines.batch_size import is_out_of_memory
 from sda_fast.engines.steps import ClassifierStep, Step
 from sda_fast.errors import SdaError
-from sda_fast.numerics import deterministic, tf32_convolutions
+from sda_fast.numerics import deterministic, tf32_convolutions, timed_convolutions
 
 
 class Program(Protocol):
@@ -59,18 +59,22 @@ def preparing(engine: str) -> Iterator[None]:
 
 
 def arithmetic_of(
-    step: Step, device: torch.device, repeatable: bool = True
+    step: Step, device: torch.device, repeatable: bool = True, timed: bool = False
 ) -> Callable[[], AbstractContextManager[None]]:
     """What PyTorch keeps to on a GPU while it runs the step, as a context for every run: convolutions in TF32 in half
-    precision alone and, if `repeatable`, the same bits in every run. A classifier's operators may have no version that
-    gives them; they then warn.
+    precision alone and, if `repeatable`, the same bits in every run, or else, if `timed`, cuDNN's fastest algorithms. A
+    classifier's operators may have no version that gives the same bits; they then warn.
     """
     half, any_operators = step.precision != "fp32", isinstance(step, ClassifierStep)
 
     @contextmanager
     def arithmetic() -> Iterator[None]:
-        same_bits = deterministic(device, warn_only=any_operators) if repeatable else nullcontext()
-        with same_bits, tf32_convolutions(device, allowed=half):
+        choice: AbstractContextManager[None] = nullcontext()
+        if repeatable:
+            choice = deterministic(device, warn_only=any_operators)
+        elif timed:
+            choice = timed_convolutions(device)
+        with choice, tf32_convolutions(device, allowed=half):
             yield
 
     return arithmetic

@@ -23,25 +23,27 @@ class InductorEngine:
     """Images channels_last, norms by this package's operators, weights frozen into the program and packed on the CPU.
 
     cuda_graphs: replay a run as one CUDA graph (on a GPU). deterministic: on a GPU only algorithms that give the same
-    bits in every run. max_autotune: let the compiler time its choices, which takes much longer to prepare and may end
-    otherwise in another process, so on a GPU without `deterministic` alone. winograd: 3x3 convolutions by minimal
-    filtering, on the CPU in bf16 alone (`engines.winograd`); the same function in real numbers, with up to twice the
-    rounding error. fusion: on a GPU, what `engines.fusion` changes in the graph.
+    bits in every run. max_autotune, cudnn_benchmark: let the compiler or cuDNN time its choices, which takes longer to
+    prepare and may end otherwise in another process, so on a GPU without `deterministic` alone. winograd: 3x3
+    convolutions by minimal filtering, on the CPU in bf16 alone (`engines.winograd`); the same function in real numbers,
+    with up to twice the rounding error. fusion: on a GPU, what `engines.fusion` changes in the graph.
     """
 
     cuda_graphs: bool = True
     deterministic: bool = True
     max_autotune: bool = False
+    cudnn_benchmark: bool = False
     winograd: bool = False
     fusion: bool = True
     name = "inductor"
 
     def check(self, step: Step, device: torch.device) -> None:
-        if self.max_autotune and self.deterministic and device.type == "cuda":
-            raise SdaError(
-                "max_autotune times its choices, which may be others in the next process: give deterministic=False "
-                "too, or leave it out"
-            )
+        for name in ("max_autotune", "cudnn_benchmark"):
+            if getattr(self, name) and self.deterministic and device.type == "cuda":
+                raise SdaError(
+                    f"{name} times its choices, which may be others in the next process: give deterministic=False "
+                    "too, or leave it out"
+                )
         if not self.winograd:
             return
         if device.type != "cpu":
@@ -63,7 +65,7 @@ class InductorProgram:
         if engine.winograd and not use_winograd(graph):
             raise SdaError("winograd takes none of this network's convolutions: leave it out")
         device = example[0].device
-        arithmetic = arithmetic_of(step, device, engine.deterministic)
+        arithmetic = arithmetic_of(step, device, engine.deterministic, engine.cudnn_benchmark)
         # On a CPU a convolution adds its bias itself, and sums were measured to cost the same.
         if engine.fusion and device.type == "cuda":
             fuse_for_gpu(graph, products=not engine.max_autotune)  # its own products take what follows them

@@ -194,12 +194,13 @@ def test_without_the_onnx_extra(monkeypatch, module):
         create_engine("onnx")
 
 
-def test_autotuning_is_not_deterministic(tiny):
+@pytest.mark.parametrize("timing", ["max_autotune", "cudnn_benchmark"])
+def test_what_is_timed_is_not_deterministic(tiny, timing):
     step = UnguidedStep(load_adm(tiny.adm))
-    create_engine("inductor", max_autotune=True).check(step, torch.device("cpu"))
-    create_engine("inductor", max_autotune=True, deterministic=False).check(step, torch.device("cuda"))
-    with pytest.raises(SdaError, match="give deterministic=False too, or leave it out"):
-        create_engine("inductor", max_autotune=True).check(step, torch.device("cuda"))
+    create_engine("inductor", **{timing: True}).check(step, torch.device("cpu"))
+    create_engine("inductor", **{timing: True}, deterministic=False).check(step, torch.device("cuda"))
+    with pytest.raises(SdaError, match=f"{timing} times its .* give deterministic=False too, or leave it out"):
+        create_engine("inductor", **{timing: True}).check(step, torch.device("cuda"))
 
 
 def test_without_a_compiler(tiny, tmp_path, monkeypatch):
