@@ -33,18 +33,23 @@ class Configuration:
     options: dict[str, bool]  # of the engine, other than its own
     precision: str
     batch: int
+    phase_convolutions: bool = False  # of the ADM
 
     def __str__(self) -> str:
         options = "".join(f", {name.replace('_', ' ')} {value}" for name, value in self.options.items())
-        return f"{self.engine}{options}, {self.precision}, batch {self.batch}"
+        phases = ", phase convolutions" if self.phase_convolutions else ""
+        return f"{self.engine}{options}, {self.precision}, batch {self.batch}{phases}"
 
 
-def configurations(device: str, tiny: bool) -> list[Configuration]:
+def configurations(model: str, device: str, tiny: bool) -> list[Configuration]:
     """The most telling ones first."""
     engines: list[tuple[str, dict[str, bool]]] = [("inductor", {}), ("inductor", {"cuda_graphs": False}), ("eager", {})]
     variants: list[dict[str, bool]] = [{"fusion": False}, {"deterministic": False}]
-    variants.append({"deterministic": False, "cudnn_benchmark": True})
+    if model == "adm":
+        variants.append({"deterministic": False, "cudnn_benchmark": True})
     others = [Configuration("inductor", variant, "bf16", 32) for variant in variants]
+    if model == "adm":
+        others.append(Configuration("inductor", {}, "bf16", 32, phase_convolutions=True))
     if device == "cpu":
         engines = [("eager", {})] if tiny else [("inductor", {}), ("eager", {})]
     batches = (1, 2) if tiny else (32, 16, 8, 64, 1)
@@ -69,7 +74,8 @@ def main() -> None:
     preset = "tiny" if options.tiny else PRESETS[options.model]
     here = environment(options.device, ROOT)
     done = [key(json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
-    todo = [c for c in configurations(options.device, options.tiny) if key({"asked": asdict(c), **here}) not in done]
+    asked = configurations(options.model, options.device, options.tiny)
+    todo = [c for c in asked if key({"asked": asdict(c), **here}) not in done]
     model = random_model(*TINY[options.model]) if options.tiny else load_model(preset)
     failed = False
     for i, configuration in enumerate(todo):
