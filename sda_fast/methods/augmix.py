@@ -1,22 +1,40 @@
-"""AugMix (Hendrycks et al. 2020) at severity 1, as MEMO draws it: random chains of Pillow's operations, mixed."""
+"""AugMix (Hendrycks et al. 2020) at severity 1, as MEMO draws it: random chains of Pillow's operations, mixed.
+
+All of a view's random numbers are drawn first; what they ask for is then done in threads, as many as PyTorch has.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sda_fast.data import to_uint8, to_unit
+from sda_fast.data import to_uint8
 
 WIDTH, DEPTH = 3, 3  # chains, and the most operations in one
 # What MEMO's and AugMix's calls of Pillow paint where a moved picture has no pixels: they ask for grey 128 in a way
 # that Pillow reads as red.
 DARK_RED = (128, 0, 0)
+THREADS = 8  # at most; a quarter of the time is spent under Python's lock
 
 Colour = tuple[int, int, int]
-Operation = Callable[[Image.Image, np.random.Generator, Colour], Image.Image]
+Edit = Callable[[Image.Image], Image.Image]
+Size = tuple[int, int]  # width, height
+Operation = Callable[[np.random.Generator, Size, Colour], Edit]
+
+
+class Mixing(NamedTuple):
+    """What is drawn for one view: the weight of the picture itself, Beta(1, 1), and chains of operations with
+    Dirichlet(1) weights."""
+
+    m: float
+    weights: list[float]
+    chains: list[list[Edit]]
 
 
 def augmix_views(
@@ -27,25 +45,31 @@ def augmix_views(
     image: float [3, H, W] in [-1, 1], rounded to 8 bits; size: by default H.
     """
     picture = _picture(image)
-    results = []
-    for _ in range(views):
-        crop = random_resized_crop(picture, size or image.shape[-2], rng)
-        if rng.random() < 0.5:
-            crop = ImageOps.mirror(crop)
-        m, mixture = _mixture(crop, rng, fill)
-        results.append(m * _unit(crop) + (1 - m) * mixture)
-    return torch.stack(results)
+    size = size or image.shape[-2]
+
+    def draw() -> tuple[Edit, bool, Mixing]:
+        return random_resized_crop(picture, size, rng), rng.random() < 0.5, draw_mixing(rng, (size, size), fill)
+
+    def view(crop: Edit, mirrored: bool, mixing: Mixing) -> np.ndarray:
+        cropped = crop(picture)
+        if mirrored:
+            cropped = ImageOps.mirror(cropped)
+        m = np.float32(mixing.m)
+        return m * _unit(cropped) + np.float32(1 - mixing.m) * _mixture(cropped, mixing)
+
+    return _in_threads(view, [draw() for _ in range(views)])
 
 
 def augmix_parts(image: Tensor, views: int, rng: np.random.Generator, fill: Colour = DARK_RED) -> tuple[Tensor, Tensor]:
     """(m [views, 1, 1, 1], mixtures [views, 3, H, W]) of an image [3, H, W], uncropped: the views are
     m x + (1 - m) mixture, of which a caller can differentiate the first part."""
     picture = _picture(image)
-    m, mixtures = zip(*(_mixture(picture, rng, fill) for _ in range(views)), strict=True)
-    return torch.tensor(m).reshape(-1, 1, 1, 1), torch.stack(mixtures)
+    drawn = [draw_mixing(rng, picture.size, fill) for _ in range(views)]
+    m = torch.tensor([mixing.m for mixing in drawn]).reshape(-1, 1, 1, 1)
+    return m, _in_threads(partial(_mixture, picture), [(mixing,) for mixing in drawn])
 
 
-def random_resized_crop(picture: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+def random_resized_crop(picture: Image.Image, size: int, rng: np.random.Generator) -> Edit:
     """A crop of 8 to 100 % of the area and a ratio of 3/4 to 4/3, scaled to a square (Szegedy et al. 2015).
 
     Where ten draws do not fit, the largest centred crop whose ratio does.
@@ -61,27 +85,44 @@ def random_resized_crop(picture: Image.Image, size: int, rng: np.random.Generato
     else:
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
-    return picture.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BILINEAR)
+    box = (left, top, left + w, top + h)
+    return lambda picture: picture.crop(box).resize((size, size), Image.Resampling.BILINEAR)
 
 
-def _mixture(picture: Image.Image, rng: np.random.Generator, fill: Colour) -> tuple[float, Tensor]:
-    """The weight m ~ Beta(1, 1) of the picture itself, and the mixture of its chains with Dirichlet(1) weights."""
+def draw_mixing(rng: np.random.Generator, size: Size, fill: Colour) -> Mixing:
+    """size: of the picture; fill: what moved pictures show beyond their edge."""
     weights, m = rng.dirichlet([1.0] * WIDTH), float(rng.beta(1.0, 1.0))
-    mixture = torch.zeros(3, picture.height, picture.width)
-    for weight in weights:
-        chain = picture
-        for _ in range(rng.integers(1, DEPTH + 1)):
-            chain = OPERATIONS[rng.integers(len(OPERATIONS))](chain, rng, fill)
-        mixture += float(weight) * _unit(chain)
-    return m, mixture
+    chains = [
+        [OPERATIONS[rng.integers(len(OPERATIONS))](rng, size, fill) for _ in range(rng.integers(1, DEPTH + 1))]
+        for _ in weights
+    ]
+    return Mixing(m, list(weights), chains)
+
+
+def _in_threads(function: Callable[..., np.ndarray], arguments: Sequence[tuple[object, ...]]) -> Tensor:
+    """What a function gives for each of the arguments, float32 [H, W, 3], as one tensor [N, 3, H, W]."""
+    with ThreadPoolExecutor(min(THREADS, torch.get_num_threads())) as pool:
+        results = list(pool.map(lambda each: function(*each), arguments))
+    return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).contiguous()
+
+
+def _mixture(picture: Image.Image, mixing: Mixing) -> np.ndarray:
+    mixture = np.zeros((picture.height, picture.width, 3), np.float32)
+    for weight, chain in zip(mixing.weights, mixing.chains, strict=True):
+        edited = picture
+        for edit in chain:
+            edited = edit(edited)
+        mixture += np.float32(weight) * _unit(edited)
+    return mixture
 
 
 def _picture(image: Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(image.detach()[None])[0])
 
 
-def _unit(picture: Image.Image) -> Tensor:
-    return to_unit(np.array(picture))[0]  # np.array: a copy that may be written to
+def _unit(picture: Image.Image) -> np.ndarray:
+    """`data.to_unit` to the bit, float32 [H, W, 3]: numpy starts no threads of its own in these."""
+    return np.asarray(picture, np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def _level(rng: np.random.Generator) -> float:
@@ -93,47 +134,46 @@ def _either_sign(value: float, rng: np.random.Generator) -> float:
     return -value if rng.random() < 0.5 else value
 
 
-def _autocontrast(picture: Image.Image, rng: np.random.Generator, fill: Colour) -> Image.Image:
-    return ImageOps.autocontrast(picture)
+def _autocontrast(rng: np.random.Generator, size: Size, fill: Colour) -> Edit:
+    return ImageOps.autocontrast
 
 
-def _equalize(picture: Image.Image, rng: np.random.Generator, fill: Colour) -> Image.Image:
-    return ImageOps.equalize(picture)
+def _equalize(rng: np.random.Generator, size: Size, fill: Colour) -> Edit:
+    return ImageOps.equalize
 
 
-def _posterize(picture: Image.Image, rng: np.random.Generator, fill: Colour) -> Image.Image:
-    return ImageOps.posterize(picture, 4 - int(_level(rng) / 10 * 4))
+def _posterize(rng: np.random.Generator, size: Size, fill: Colour) -> Edit:
+    return partial(ImageOps.posterize, bits=4 - int(_level(rng) / 10 * 4))
 
 
-def _solarize(picture: Image.Image, rng: np.random.Generator, fill: Colour) -> Image.Image:
-    return ImageOps.solarize(picture, 256 - int(_level(rng) / 10 * 256))
+def _solarize(rng: np.random.Generator, size: Size, fill: Colour) -> Edit:
+    return partial(ImageOps.solarize, threshold=256 - int(_level(rng) / 10 * 256))
 
 
-def _rotate(picture: Image.Image, rng: np.random.Generator, fill: Colour) -> Image.Image:
+def _rotate(rng: np.random.Generator, size: Size, fill: Colour) -> Edit:
     degrees = _either_sign(int(_level(rng) / 10 * 30), rng)
-    return picture.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=fill)
+    return lambda picture: picture.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=fill)
 
 
-def _affine(picture: Image.Image, matrix: tuple[float, ...], fill: Colour) -> Image.Image:
-    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fill)
+def _affine(matrix: tuple[float, ...], fill: Colour) -> Edit:
+    affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+    return lambda picture: picture.transform(picture.size, affine, matrix, bilinear, fillcolor=fill)
 
 
-def _shear_x(picture: Image.Image, rng: np.random.Generator, fill: Colour) -> Image.Image:
-    return _affine(picture, (1, _either_sign(_level(rng) / 10 * 0.3, rng), 0, 0, 1, 0), fill)
+def _shear_x(rng: np.random.Generator, size: Size, fill: Colour) -> Edit:
+    return _affine((1, _either_sign(_level(rng) / 10 * 0.3, rng), 0, 0, 1, 0), fill)
 
 
-def _shear_y(picture: Image.Image, rng: np.random.Generator, fill: Colour) -> Image.Image:
-    return _affine(picture, (1, 0, 0, _either_sign(_level(rng) / 10 * 0.3, rng), 1, 0), fill)
+def _shear_y(rng: np.random.Generator, size: Size, fill: Colour) -> Edit:
+    return _affine((1, 0, 0, _either_sign(_level(rng) / 10 * 0.3, rng), 1, 0), fill)
 
 
-def _translate_x(picture: Image.Image, rng: np.random.Generator, fill: Colour) -> Image.Image:
-    pixels = _either_sign(int(_level(rng) / 10 * picture.width / 3), rng)
-    return _affine(picture, (1, 0, pixels, 0, 1, 0), fill)
+def _translate_x(rng: np.random.Generator, size: Size, fill: Colour) -> Edit:
+    return _affine((1, 0, _either_sign(int(_level(rng) / 10 * size[0] / 3), rng), 0, 1, 0), fill)
 
 
-def _translate_y(picture: Image.Image, rng: np.random.Generator, fill: Colour) -> Image.Image:
-    pixels = _either_sign(int(_level(rng) / 10 * picture.height / 3), rng)
-    return _affine(picture, (1, 0, 0, 0, 1, pixels), fill)
+def _translate_y(rng: np.random.Generator, size: Size, fill: Colour) -> Edit:
+    return _affine((1, 0, 0, 0, 1, _either_sign(int(_level(rng) / 10 * size[1] / 3), rng)), fill)
 
 
 OPERATIONS: tuple[Operation, ...] = (

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sda_fast.data import to_uint8
+from sda_fast.data import to_uint8, to_unit
 from sda_fast.errors import SdaError
 from sda_fast.methods import augmix, create
 from sda_fast.methods.adaptation import generator
@@ -112,11 +112,32 @@ def test_views_are_pictures_and_reproducible():
     assert augmix.augmix_views(IMAGES[0], 2, generator(0, 1), size=8).shape == (2, 3, 8, 8)
 
 
+def test_views_do_not_depend_on_threads():
+    image = (torch.rand(3, 20, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1).requires_grad_()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3, 16):
+            torch.set_num_threads(threads)
+            parts = augmix.augmix_parts(image, 40, generator(0, 1))
+            results.append((augmix.augmix_views(image, 40, generator(0, 1)), *parts))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_mixture_by_hand():
+    """Of chains that change nothing the mixture is the picture, as `to_unit` has it."""
+    picture = Image.fromarray(to_uint8(IMAGES[:1])[0])
+    mixing = augmix.Mixing(0.5, [0.25, 0.25, 0.5], [[], [lambda p: p], [lambda p: p] * 2])
+    mixture = torch.from_numpy(augmix._mixture(picture, mixing)).permute(2, 0, 1)
+    assert torch.equal(mixture, to_unit(to_uint8(IMAGES[:1])[0])[0])
+
+
 def test_moved_pictures_show_red_beyond_their_edge():
     own, red = (200, 100, 50), augmix.DARK_RED
     picture = Image.new("RGB", (120, 120), own)
     for operation in (augmix._translate_x, augmix._translate_y, augmix._rotate, augmix._shear_x, augmix._shear_y):
-        moved = [operation(picture, generator(0, identity), red) for identity in range(20)]
+        moved = [operation(generator(0, identity), picture.size, red)(picture) for identity in range(20)]
         assert {own, red} <= {colour for m in moved for _, colour in m.getcolors(1 << 20)}, operation
     assert Image.new("RGB", (1, 1), 128).getpixel((0, 0)) == red, "how Pillow reads one number"
 
@@ -125,9 +146,9 @@ def test_crops_cover_and_stay_inside():
     ramp = np.arange(40 * 60, dtype=np.uint8).reshape(40, 60)
     picture = Image.fromarray(np.stack([ramp] * 3, -1))
     for identity in range(50):
-        assert augmix.random_resized_crop(picture, 8, generator(0, identity)).size == (8, 8)
+        assert augmix.random_resized_crop(picture, 8, generator(0, identity))(picture).size == (8, 8)
     line = Image.fromarray(np.full((2, 200, 3), 7, np.uint8))  # no draw fits into it
-    crop = augmix.random_resized_crop(line, 8, generator(0, 0))
+    crop = augmix.random_resized_crop(line, 8, generator(0, 0))(line)
     assert crop.getcolors() == [(64, (7, 7, 7))]
 
 
