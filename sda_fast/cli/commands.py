@@ -31,7 +31,6 @@ Winograd = Annotated[
     bool, typer.Option("--winograd", help="3x3 convolutions of inductor in bf16 by minimal filtering; on a CPU alone.")
 ]
 Preset = Annotated[str | None, typer.Option(help="How published weights are built, such as imagenet256.")]
-_CORES = os.cpu_count() or 1
 
 
 def _batch_size(text: str) -> int | str:
@@ -347,7 +346,7 @@ def demo(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="All 1400 test patches under every corruption (hours).")] = False,
     per_class: Annotated[int | None, typer.Option(help="Test patches of every class and corruption.")] = None,
-    workers: Workers = _CORES,
+    workers: Annotated[int | None, typer.Option(help="Processes [CPU: one per core, GPU: 1].")] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -358,13 +357,16 @@ def demo(
     from sda_fast.stages.pipeline import run as pipeline
 
     output = output or Path("runs", "full" if full else "demo")
+    device = _check_device(device)
+    if workers is None:
+        workers = (os.cpu_count() or 1) if device == "cpu" else 1
     size = {**(FULL if full else SMALL), **({} if per_class is None else {"per_class": per_class})}
     settings = demo_config(
         output,
         synthetic=size["synthetic"],
         ablation=bool(size["ablation"]),
         workers=workers,
-        device=_check_device(device),
+        device=device,
     )
     _announce("test patches")
     write_testbed(settings.target, size["per_class"], exactly=True)

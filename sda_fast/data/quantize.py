@@ -11,10 +11,10 @@ from sda_fast.errors import SdaError
 Quantization = Literal["round", "truncate"]
 
 
-def to_unit(array: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """x / 127.5 - 1 as float32 [N, 3, H, W], contiguous, on the device of the input (numpy: the CPU).
+def to_unit(array: np.ndarray | torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
+    """x / 127.5 - 1 as float32 [N, 3, H, W], contiguous, on a device, by default that of the input (numpy: the CPU).
 
-    `array` is uint8, [H, W, 3] (N becomes 1) or [N, H, W, 3].
+    `array` is uint8, [H, W, 3] (N becomes 1) or [N, H, W, 3]; it is moved before it is made four times as large.
     Raises SdaError for another dtype or number of dimensions.
     """
     x = torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
@@ -22,6 +22,7 @@ def to_unit(array: np.ndarray | torch.Tensor) -> torch.Tensor:
         raise SdaError(f"to_unit takes uint8 [H, W, 3] or [N, H, W, 3], not {x.dtype} of {list(x.shape)}.")
     if x.ndim == 3:
         x = x[None]
+    x = x.to(device)
     x = x.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     # Divided by a tensor on the same device: by a Python number, CUDA would multiply with the rounded inverse
     # and end one unit in the last place away from the CPU.

@@ -216,7 +216,7 @@ def _make_work(
         reasons = {key: reason for key in keys if (reason := _reason(key, unreadable, group_of))}
         arrays = {key: a for key, a in cropped.items() if key not in reasons and not isinstance(a, SdaError)}
         if arrays:
-            images = to_unit(np.stack(list(arrays.values()))).to(device)
+            images = to_unit(np.stack(list(arrays.values())), device)
             seeds = [identity("align", files[key].name) for key in arrays]
             projected = to_uint8(project(images, seeds=seeds), "round")
             write.flush()

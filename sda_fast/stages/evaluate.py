@@ -323,7 +323,7 @@ def _outcomes(
         if good:
             truth = torch.tensor([labels[keys[i]] for i in good])
             seeds = [identity("evaluate", keys[i]) for i in good]
-            x = {kind: _stack([images[i] for i in good]).to(device) for kind, images in pictures.items()}
+            x = {kind: _unit([images[i] for i in good], device) for kind, images in pictures.items()}
             for method, results in zip(methods, correct, strict=True):
                 with plain_float32(torch.device(device)):
                     scores = method(x[""], x.get(method.projection) if method.projection else None, seeds)
@@ -336,6 +336,6 @@ def _error(images: Sequence[Cropped]) -> SdaError | None:
     return next((image for image in images if isinstance(image, SdaError)), None)
 
 
-def _stack(images: Sequence[Cropped]) -> Tensor:
+def _unit(images: Sequence[Cropped], device: str) -> Tensor:
     """float32 [N, 3, S, S] in [-1, 1]."""
-    return to_unit(np.stack([image for image in images if not isinstance(image, SdaError)]))
+    return to_unit(np.stack([image for image in images if not isinstance(image, SdaError)]), device)

@@ -220,7 +220,7 @@ def _make_show(config: StudyConfig, source: Classifier, files: Sequence[ImageFil
             if isinstance(image, SdaError):
                 raise image
             arrays.append(image)
-        return to_unit(np.stack(arrays)).to(config.device)
+        return to_unit(np.stack(arrays), config.device)
 
     def show(keys: list[str]) -> tuple[Tensor, Tensor | None]:
         images = read([originals[key] for key in keys])

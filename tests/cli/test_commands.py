@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import sda_fast
+from sda_fast.errors import SdaError
 from sda_fast.photos.dataset import CLASSES
 from sda_fast.stages.recipes import RECIPES
 
@@ -54,6 +55,23 @@ def test_every_command_explains_itself(cli, command):
 def test_version(cli):
     said = cli("--version")
     assert (said.code, said.out, said.err) == (0, f"sda-fast {sda_fast.__version__}\n", "")
+
+
+@pytest.mark.parametrize(("device", "workers"), [("cpu", 7), ("cuda:1", 1)])
+def test_processes_of_the_demo(cli, tmp_path, monkeypatch, device, workers):
+    """One per core, but of processes that share a GPU one is enough."""
+    settings = []
+
+    def pipeline(config, log):
+        settings.append(config)
+        raise SdaError("seen")
+
+    monkeypatch.setattr("sda_fast.stages.pipeline.run", pipeline)
+    monkeypatch.setattr("sda_fast.cli.commands._check_device", str)
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    for given in ((), ("--workers", 3)):
+        assert "seen" in cli("demo", "-o", tmp_path / "demo", "--per-class", 1, "--device", device, *given).err
+    assert [(s.device, s.workers) for s in settings] == [(device, workers), (device, 3)]
 
 
 ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

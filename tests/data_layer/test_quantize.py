@@ -88,6 +88,19 @@ def test_the_input_is_left_alone_and_half_precision_is_widened():
         np.testing.assert_array_equal(to_uint8(half), to_uint8(half.float()))
 
 
+def test_bytes_travel_to_the_device(monkeypatch):
+    move, moved = torch.Tensor.to, []
+
+    def to(x, *arguments, **named):
+        moved.append((x.dtype, *arguments))
+        return move(x, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    x = to_unit(np.zeros((2, 4, 5, 3), np.uint8), "meta")
+    assert (x.device.type, x.dtype, x.shape) == ("meta", torch.float32, (2, 3, 4, 5))
+    assert moved[0] == (torch.uint8, "meta")
+
+
 def test_what_cannot_be_stored_is_refused():
     x = torch.zeros(3, 3, 4, 4)
     x[1, 0, 0, 0], x[2, 1, 2, 3] = torch.nan, torch.inf
