@@ -1,113 +1,33 @@
 """guidance: every version against float64, the adjoint, the original's numbers, and dependence on one image alone."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
+from lowpasses import (
+    CASES,
+    CONTIGUOUS,
+    LARGER,
+    LAST,
+    TINY,
+    Sizes,
+    arguments,
+    assert_as_good_as_plain,
+    assert_same,
+    draw,
+    matrices,
+    relative,
+)
 
 from sda_fast import _core, ops
-from sda_fast.diffusion import LowPass, Schedule
+from sda_fast.diffusion import LowPass
 from sda_fast.diffusion.schedule import STEP_COLUMNS
-from sda_fast.errors import SdaError
 from sda_fast.ops._checks import COLUMNS
 from sda_fast.ops.guidance import guidance
-from sda_fast.reference.guidance import guidance as plain
-from sda_fast.reference.guidance import guidance_residual
-
-TINY = 1e-6  # of errors relative to the largest value, added to twice the plain version's
-CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
-
-
-class Sizes(NamedTuple):
-    images: int
-    channels: int
-    out_channels: int
-    size: int
-    factor: int
-    dtype: torch.dtype = torch.float32
-    x_format: torch.memory_format = CONTIGUOUS
-    out_format: torch.memory_format = CONTIGUOUS
-
-
-# Odd sizes and factors, one low row, several tiles of rows, factors from none to beyond eight. Small, because Triton's
-# interpreter takes milliseconds for a row.
-CASES = [
-    Sizes(1, 2, 4, 8, 4),
-    Sizes(1, 3, 6, 8, 4, x_format=LAST, out_format=LAST),
-    Sizes(1, 2, 2, 10, 5, out_format=LAST),
-    Sizes(1, 2, 2, 9, 3, torch.bfloat16, x_format=LAST),
-    Sizes(1, 2, 2, 16, 8, torch.float16, LAST, LAST),
-    Sizes(1, 1, 1, 5, 1),
-    Sizes(1, 1, 2, 9, 9, torch.float16),
-    Sizes(1, 1, 1, 96, 16),
-    Sizes(0, 3, 6, 16, 4),
-]
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def matrices(size, factor, dtype=torch.float32):
-    down, _, gram = LowPass(size, factor).matrices(torch.zeros(1, 1, size, size, dtype=dtype))
-    return down.contiguous(), gram.contiguous()
-
-
-def arguments(sizes, seed=0):
-    """What `guidance` takes, the step somewhere in the middle: most of raw lies in [-1, 1]."""
-    n = sizes.size
-    x = draw(sizes.images, sizes.channels, n, n, seed=seed).to(memory_format=sizes.x_format)
-    out = draw(sizes.images, sizes.out_channels, n, n, seed=seed + 1).to(sizes.dtype)
-    reference = draw(sizes.images, sizes.channels, n, n, seed=seed + 2).clamp(-1, 1)
-    down, gram = matrices(n, sizes.factor)
-    table, position = Schedule.linear("100").step_table(), torch.tensor([20, 7])
-    return x, out.to(memory_format=sizes.out_format), down @ reference @ down.T, down, gram, table, position
-
-
-def oracle(args):
-    """cotangent and squares in float64, of x0 and the mask as float32 has them."""
-    x, out, reference_down, *_ = args
-    _, _, x0 = plain(*args)
-    a, b = args[5][args[6][0], :2]
-    raw = a * x - b * out[:, : x.shape[1]].float()
-    down, gram = matrices(x.shape[2], x.shape[2] // reference_down.shape[2], torch.float64)
-    gradient, squares = guidance_residual(x0.double(), reference_down.double(), down, gram)
-    return torch.where((raw >= -1) & (raw <= 1), gradient, 0), squares, x0
-
-
-def relative(value, expected):
-    if not expected.numel():
-        return 0.0
-    return float((value.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-
-
-def assert_as_good_as_plain(results, args):
-    """The rule of tolerance, the clamp mask and x0 exactly, dtype and memory format."""
-    x, out, *_ = args
-    expected = oracle(args)
-    for result, low, exact in zip(results, plain(*args), expected, strict=True):
-        assert result.shape == low.shape
-        assert relative(result, exact) <= 2 * relative(low, exact) + TINY
-    cotangent, squares, x0 = results
-    assert (cotangent.dtype, squares.dtype, x0.dtype) == (out.dtype, torch.float32, torch.float32)
-    assert torch.equal(x0, expected[2])
-    assert not cotangent[expected[0] == 0].any()
-    for result, like in ((cotangent, out[:, : x.shape[1]].clone()), (x0, x)):
-        assert result.is_contiguous(memory_format=LAST if like.is_contiguous(memory_format=LAST) else CONTIGUOUS)
 
 
 def triton_call(args, **kwargs):
     return "sda_fast.ops", "guidance", args, {"return_x0": True, **kwargs}
 
 
-LARGER = [
-    Sizes(2, 3, 6, 128, 4),
-    Sizes(2, 3, 6, 60, 5, torch.bfloat16, LAST, LAST),
-    Sizes(2, 2, 4, 36, 12, torch.float16, x_format=LAST),
-    Sizes(1, 3, 6, 96, 32, out_format=LAST),
-    Sizes(1, 3, 3, 33, 1, out_format=LAST),
-]
 # For the CUDA version, whose tiles and shared memory depend on the size.
 BIG = [
     Sizes(2, 3, 6, 256, 4),
@@ -181,11 +101,6 @@ ROWS = [[0], [6], [6, 2, 0, 5, 1, 4, 3]]
 def chosen(args, rows):
     """The arguments of a batch of only these images."""
     return tuple(a[rows] for a in args[:3]) + tuple(args[3:])
-
-
-def assert_same(results, expected):
-    for result, value in zip(results, expected, strict=True):
-        assert torch.equal(result, value)
 
 
 @pytest.mark.parametrize("out_format", [CONTIGUOUS, LAST])
@@ -351,57 +266,6 @@ def test_the_bands():
             assert (row - column).abs().max() <= 3
 
 
-@pytest.mark.parametrize("sizes", [LARGER[0], LARGER[1], CASES[-1]])
-def test_opcheck(sizes):
-    args = arguments(sizes)
-    torch.library.opcheck(torch.ops.sda_fast.guidance.default, args)
-    torch.library.opcheck(torch.ops.sda_fast.guidance_x0.default, args)
-
-
-def test_tracing_and_compiling():
-    def step(*args):
-        cotangent, squares, x0 = guidance(*args, return_x0=True)
-        return 2 * cotangent, squares.sqrt(), x0
-
-    args = arguments(LARGER[1])
-    traced = make_fx(step)(*args)
-    assert any(node.target is torch.ops.sda_fast.guidance_x0.default for node in traced.graph.nodes)
-    assert_same(traced(*args), step(*args))
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert_same(compiled(*args), step(*args))
-
-
-NAMES = ("x", "out", "reference_down", "down", "gram", "table", "position")
-MISTAKES = {
-    "x has shape \\(2, 3, 16\\)": dict(x=torch.zeros(2, 3, 16)),
-    "at most 2\\^30 elements per image, so cut": dict(x=torch.zeros(1).expand(1, 3, 20000, 20000)),
-    "at most 2\\^31 - 1 rows, so pass fewer images": dict(x=torch.zeros(1).expand(2**28, 2, 4, 4)),
-    "square images": dict(x=torch.zeros(2, 3, 16, 15)),
-    "out has shape \\(2, 4, 16, 16\\); .* \\[2, 3 or, .* 6, 16, 16\\]": dict(out=torch.zeros(2, 4, 16, 16)),
-    "a factor D that divides it": dict(down=torch.zeros(3, 16)),
-    "down has shape \\(4, 20\\)": dict(down=torch.zeros(4, 20)),
-    "reference_down has shape .* one of shape \\(2, 3, 4, 4\\)": dict(reference_down=torch.zeros(2, 3, 16, 16)),
-    "gram has shape": dict(gram=torch.zeros(4, 5)),
-    "table has shape \\(100, 3\\); pass guidance Schedule.step_table": dict(table=torch.zeros(100, 3)),
-    "table has shape \\(0, 8\\)": dict(table=torch.zeros(0, 8)),
-    "position is torch.int32": dict(position=torch.zeros(2, dtype=torch.int32)),
-    "position has shape \\(\\)": dict(position=torch.tensor(3)),
-    "x is torch.float16; pass guidance one in float32": dict(x=torch.zeros(2, 3, 16, 16).half()),
-    "out is torch.float64; .* one in float32, bfloat16 or float16": dict(out=torch.zeros(2, 3, 16, 16).double()),
-    "position lies on meta and x on cpu": dict(position=torch.zeros(2, dtype=torch.int64, device="meta")),
-    "down has strides .* pass guidance a contiguous one": dict(down=torch.zeros(16, 4).T),
-    "out has shape .* and strides .* side by side": dict(out=torch.zeros(2, 3, 16, 32)[..., ::2]),
-    "x has shape .* and strides .* pass x.contiguous": dict(x=torch.zeros(2, 3, 16, 16).transpose(2, 3)),
-}
-
-
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes(message):
-    args = dict(zip(NAMES, arguments(Sizes(2, 3, 6, 16, 4)), strict=True))
-    with pytest.raises(SdaError, match=message):
-        guidance(**{**args, **MISTAKES[message]})
-
-
 @pytest.mark.parametrize("capability", [80, 90])
 def test_triton_compiles(compile_triton, capability):
     from sda_fast.kernels.guidance import compilations
@@ -454,11 +318,3 @@ def test_on_the_device(backend):
 def test_rows_beyond_shared_memory_on_the_device():
     args = arguments(Sizes(1, 1, 1, 2500, 4))
     assert_as_good_as_plain([r.cpu() for r in guidance(*(a.cuda() for a in args), return_x0=True)], args)
-
-
-@pytest.mark.parametrize("index", [-1, 100, 2**40])
-def test_an_index_outside_of_the_table_gives_nan(index):
-    *args, position = arguments(CASES[0])
-    position = torch.tensor([index, 0])
-    _, squares = guidance(*args, position)
-    assert squares.isnan().all()

@@ -32,7 +32,8 @@ ABSENT = {
 # Files that hold something else than an operator of their name, or an operator under another name.
 OTHER_NAMES = {"philox": "philox_normal"}  # reference/philox.py
 # Files that hold a part of one operator, or of several.
-PARTS = {f"group_norm_silu_{part}" for part in ("backward", "calls", "channels_last", "contiguous", "tiles")} | {"rows"}
+PARTS = {f"group_norm_silu_{part}" for part in ("backward", "calls", "channels_last", "contiguous", "tiles")}
+PARTS |= {"guidance_calls", "rows"}
 # Public operators without files of their own: they live with another one.
 TOGETHER = {"gate_residual": "modulate"}
 NO_OPERATORS = {"BACKENDS", "backend"}
