@@ -12,6 +12,7 @@ PART ?= all
 OUT ?= build/gpu
 DEVICE ?= cuda
 TINY ?=
+K ?=
 PARTS_ops := ops-test ops-bench ops-sanitize
 PARTS_data := data_layer-test data-bench data-pipeline
 PARTS_engines := engines-test engines-adm engines-dit
@@ -25,7 +26,8 @@ help:
 	@echo "make test   all tests that need no GPU"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  cost of a projected patch and of every operator on this CPU; rows and plots in build/bench"
-	@echo "make gpu    [PART=ops|engines|data|ops-test|...|all] [OUT=folder] tests and benchmarks on this machine's GPU"
+	@echo "make gpu    [PART=ops|engines|data|ops-test|...|all] [OUT=folder] tests and benchmarks on this machine's GPU;"
+	@echo "            [K=words] of the tests those that pytest -k selects"
 	@echo "make venv   only set up .venv (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean  remove what was built"
 
@@ -79,7 +81,7 @@ ifeq ($(DEVICE),cuda)
 endif
 
 gpu-%-test:
-	$(PYTHON) -P -m pytest -m gpu tests/$(filter-out all,$*)
+	$(PYTHON) -P -m pytest -m gpu $(if $(K),-k "$(K)") --durations 5 tests/$(filter-out all,$*)
 
 # Two targets, so that the second runs where the first fails.
 gpu-projection-bench: gpu-projection-eager gpu-projection-inductor
