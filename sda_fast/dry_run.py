@@ -136,7 +136,7 @@ def _plan_align(stage: Stage, config: RunConfig, rates: Rates, made: dict[Path, 
     def done(key: str) -> bool:
         return out.done(key, settings.suffix(originals[key]) if key in originals else ".png")
 
-    guided = settings.projection == "dda"
+    guided = settings.projection == "dda" and not settings.jacobian_free
     rate = rates.of("GuidedStep" if guided else "UnguidedStep", model, settings)
     each = settings.start * _step_flops(model, guided)
     return _images(stage, str(folder), keys, done, each, model.image_size, rate, config.workers)

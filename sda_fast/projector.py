@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sda_fast.diffusion import LowPass, Schedule
-from sda_fast.diffusion.guidance import Guided, Norm, finish
+from sda_fast.diffusion.guidance import Guided, Norm, finish, guide_without_jacobian
 from sda_fast.diffusion.samplers import Draw, ReverseSteps, q_sample
 from sda_fast.engines import Engine, GuidedStep, Precision, Step, UnguidedStep
 from sda_fast.engines.runner import Runner, halving
@@ -131,6 +131,9 @@ class Projector(_Reverse):
     network pass takes, the last batch padded; None takes all at once. As published, images are noised at index N
     and the first reverse step is told N - 1.
 
+    jacobian_free: leave out what the guidance's gradient sends back through the network, an approximation at half the
+    work (`diffusion.guidance.guide_without_jacobian`).
+
     The adm is put into eval mode and its weights are frozen, here and for good.
 
     An image's projection depends on its pixels, its seed, these settings and, in last bits, on batch_size and the
@@ -153,6 +156,7 @@ class Projector(_Reverse):
         precision: Precision = "fp32",
         batch_size: int | None = None,
         seed: int = 0,
+        jacobian_free: bool = False,
     ):
         if norm not in ("image", "batch"):
             raise SdaError(f'norm {norm!r} is not known; choose "image" or "batch"')
@@ -165,9 +169,9 @@ class Projector(_Reverse):
                 f'batch_size={batch_size} would cut a norm group of {norm_group}: norm="batch" takes multiples of it'
             )
         self.lowpass = LowPass(adm.image_size, factor)
-        step = GuidedStep(adm, self.lowpass, precision)
+        step = UnguidedStep(adm, precision) if jacobian_free else GuidedStep(adm, self.lowpass, precision)
         super().__init__(adm, step, Schedule.linear(respacing), start, start, engine, batch_size, seed)
-        self.scale, self.norm, self.norm_group = scale, norm, norm_group
+        self.scale, self.norm, self.norm_group, self.jacobian_free = scale, norm, norm_group, jacobian_free
 
     @property
     def batch_unit(self) -> int:
@@ -180,7 +184,12 @@ class Projector(_Reverse):
         self, steps: _Steps, position: Tensor, batch: Batch, x: Tensor, guide: Tensor | None, draw: Draw
     ) -> Tensor:
         assert guide is not None
-        terms = Guided(*self.network(x, steps.conditioning(position), steps.coefficients(position), guide))
+        conditioning = steps.conditioning(position)
+        if self.jacobian_free:
+            (out,) = self.network(x, conditioning)
+            terms = guide_without_jacobian(self.lowpass, x, out, guide, steps.table, position)
+        else:
+            terms = Guided(*self.network(x, conditioning, steps.coefficients(position), guide))
         return finish(x, terms, steps, position, draw, self.scale, self.norm, self.norm_group, batch.real)
 
 

@@ -191,6 +191,9 @@ def test_time_from_measured_rows(tmp_path, plan, run):
     assert rows["synthesize"]["seconds"] is rows["evaluate resnet"]["seconds"] is None
     phases = plan("--rows", path, changes=[*changes, ("align = {", "align = { phase_convolutions = true,")])
     assert phases["align"]["basis"].startswith("8 TFLOP/s, GuidedStep on eager in fp32, phase convolutions, batch 8")
+    free = plan("--rows", path, changes=[*changes, ("align = {", "align = { jacobian_free = true,")])
+    assert free["align"]["basis"].startswith("5 TFLOP/s, UnguidedStep on eager in fp32, batch 8")
+    assert 1.9 < rows["align"]["flops"] / free["align"]["flops"] < 2.2
     text = " ".join(run("--dry-run", "--rows", path, changes=changes).out.split())
     assert "Without a rate: DiTStep of this network on eager in fp32, of which no row is; a classifier" in text
 

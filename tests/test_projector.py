@@ -84,6 +84,31 @@ def test_guided_projection_is_that_of_the_reference(unet):
 
 
 @pytest.mark.parametrize("unet", VARIANTS, indirect=True, ids=str)
+def test_without_the_jacobian_it_is_the_reference_of_a_network_that_has_none(unet):
+    adm, reference, variance = unet
+
+    def constant(x, timesteps):
+        return reference(x.detach(), timesteps).detach()
+
+    theirs = [step.sample for step in guided_projection(constant, IMAGES, NOISE, variance=variance, **SHORT)]
+    exact = [step.sample for step in guided_projection(reference, IMAGES, NOISE, variance=variance, **SHORT)]
+    project = Projector(adm, norm="batch", norm_group=3, jacobian_free=True, **SHORT)
+    error, step = largest_mean_error(project.steps(IMAGES, NOISE), theirs)
+    assert error <= 1e-5, f"mean error {error:.1e} after step {step}"
+    assert largest_mean_error(theirs, exact)[0] > 1e-3  # the network's part counts
+
+
+@pytest.mark.parametrize("norm", ["image", "batch"])
+def test_without_the_jacobian_nothing_is_differentiated(adm, monkeypatch, norm):
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("differentiated"))
+    project = Projector(adm, norm=norm, norm_group=3, jacobian_free=True, batch_size=3, **SHORT)
+    whole = project(IMAGES, seeds=SEEDS)
+    assert torch.equal(project(IMAGES, seeds=SEEDS), whole)
+    if norm == "image":
+        assert torch.equal(project(IMAGES.flip(0), seeds=SEEDS.flip(0)).flip(0), whole)
+
+
+@pytest.mark.parametrize("unet", VARIANTS, indirect=True, ids=str)
 def test_purification_is_that_of_the_reference(unet):
     adm, reference, variance = unet
     theirs = [step.sample for step in diffpure(reference, IMAGES, NOISE, "6", 3, variance)]

@@ -116,6 +116,9 @@ def align(
     scale: Annotated[float, typer.Option(help="w, the strength of the guidance.")] = 6.0,
     norm: Annotated[str, typer.Option(help="image (each by itself) or batch (as published).")] = "image",
     norm_group: Annotated[int, typer.Option(help="Images of a published batch: 10 in SDA, 4 in DDA.")] = 10,
+    jacobian_free: Annotated[
+        bool, typer.Option("--jacobian-free", help="Guide without going back through the network: an approximation.")
+    ] = False,
     engine: Engine = "eager",
     precision: Precision = "fp32",
     phase_convolutions: PhaseConvolutions = False,
@@ -143,6 +146,7 @@ def align(
         "scale": scale,
         "norm": norm,
         "norm_group": norm_group,
+        "jacobian_free": jacobian_free,
         "engine": engine,
         "precision": precision,
         "phase_convolutions": phase_convolutions,

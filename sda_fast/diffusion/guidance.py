@@ -51,6 +51,19 @@ def guide(
     return Guided(out, cotangent, through_network if factor is None else through_network / factor, squares)
 
 
+def guide_without_jacobian(
+    lowpass: LowPass, x: Tensor, out: Tensor, reference_down: Tensor, table: Tensor, position: Tensor
+) -> Guided:
+    """`guide` as if the predicted noise did not depend on x_t, an approximation: nothing goes back through the network,
+    and dx_0/dx_t is what stands before x_t in x_0.
+
+    out: the network's output for x, [N, C or 2C, n, n]; the rest as for `guide`.
+    """
+    down, _, gram = lowpass.matrices(x)
+    cotangent, squares = guidance(x, out, reference_down, down, gram, table, position)
+    return Guided(out, cotangent, torch.zeros_like(cotangent), squares)
+
+
 def _power_of_two(cotangent: Tensor) -> Tensor:
     """[N, 1, 1, 1]: what brings the largest element of each image to [1, 2), up to float32's own range of powers."""
     largest = cotangent.abs().amax((1, 2, 3), keepdim=True)

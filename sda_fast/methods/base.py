@@ -59,7 +59,8 @@ class Method:
         classifier = 2 if self.ensemble else 1
         steps = getattr(self.projector, "start", 0) if self.projection else 0
         # DDA's guidance goes back through the network at every step.
-        return Cost(classifier, 0, steps, steps if self.projection == "dda" else 0)
+        back = self.projection == "dda" and not getattr(self.projector, "jacobian_free", False)
+        return Cost(classifier, 0, steps, steps if back else 0)
 
     def __call__(
         self, images: Tensor, projected: Tensor | None = None, seeds: Sequence[int] | Tensor | None = None

@@ -47,9 +47,10 @@ class AlignSettings:
     projection: "dda" (low-pass guidance) or "diffpure" (none, ancestral). respacing and start default to the
     published "100" and 50 for dda, "1000" and 150 for diffpure. phase_convolutions: see `sda_fast.models.phases`.
     winograd: of the inductor engine on a CPU, see `sda_fast.engines.winograd`.
-    batch_size is the execution batch: it changes last bits only; "auto" takes what fits into memory. decoder: how
-    images are read, see `sda_fast.data.readers`. format: "png", or "original" for the published code's files, that is
-    JPEG of quality 75 under the input's own name if that is a JPEG's. The other names are those of `Projector`.
+    jacobian_free: of dda alone, an approximation. batch_size is the execution batch: it changes last bits only; "auto"
+    takes what fits into memory. decoder: how images are read, see `sda_fast.data.readers`. format: "png", or "original"
+    for the published code's files, that is JPEG of quality 75 under the input's own name if that is a JPEG's. The other
+    names are those of `Projector`.
     """
 
     projection: Literal["dda", "diffpure"] = "dda"
@@ -59,6 +60,7 @@ class AlignSettings:
     scale: float = 6.0
     norm: Norm = "image"
     norm_group: int = 10
+    jacobian_free: bool = False
     engine: str = "eager"
     precision: Precision = "fp32"
     phase_convolutions: bool = False
@@ -69,9 +71,11 @@ class AlignSettings:
     format: Literal["png", "original"] = "png"
 
     def resolved(self) -> "AlignSettings":
-        """The same with respacing and start filled in. Raises SdaError for an unknown projection or format."""
+        """The same with respacing and start filled in. Raises SdaError for what is not known or contradicts."""
         if self.projection not in PUBLISHED:
             raise SdaError(f'projection {self.projection!r} is not known; choose "dda" or "diffpure"')
+        if self.jacobian_free and self.projection != "dda":
+            raise SdaError(f"{self.projection} has no guidance that could be jacobian_free: leave that out")
         if self.format not in ("png", "original"):
             raise SdaError(f'format {self.format!r} is not known; choose "png" or "original"')
         respacing, start = PUBLISHED[self.projection]
@@ -110,6 +114,7 @@ def make_projection(adm: Any, settings: AlignSettings, batch_size: int | None = 
         scale=settings.scale,
         norm=settings.norm,
         norm_group=settings.norm_group,
+        jacobian_free=settings.jacobian_free,
         **common,
     )
 

@@ -41,6 +41,7 @@ BEFORE = {
     "precision": "fp32",
     "phase_convolutions": False,
     "winograd": False,
+    "jacobian_free": False,
     "format": "png",
 }
 _TEMPORARY = re.compile(r"\.sda-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-\d+\.tmp")

@@ -95,6 +95,7 @@ CASES = {
     "bench --ledger --weights {adm}": "--ledger counts, which does not depend on weights: leave out --weights",
     "bench --ledger --output {text}.pt/rows.jsonl": "rows.jsonl cannot be written (",
     # names nobody knows
+    f"{ALIGN} --projection diffpure --jacobian-free": "diffpure has no guidance that could be jacobian_free",
     f"{ALIGN} --projection sdedit": "projection = 'sdedit' is not known; choose from dda, diffpure",
     f"{ALIGN} --norm group": "norm = 'group' is not known; choose from image, batch",
     f"{ALIGN} --engine turbo": "engine 'turbo' is not known; choose one of",

@@ -71,11 +71,11 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_costs_are_those_counted(name, models):
+@pytest.mark.parametrize(("name", "how"), [*((name, {}) for name in METHODS), ("sda", {"jacobian_free": True})])
+def test_costs_are_those_counted(name, how, models):
     options, purifiers = dict(SMALL.get(name, {})), {"dda": Projector, "diffpure": Purifier}
     if kind := method_class(name).projection:
-        options["projector"] = purifiers[kind](models["adm"], start=3)
+        options["projector"] = purifiers[kind](models["adm"], start=3, **how)
     method = build(name, models, **options)
     classifiers = {id(m): m for m in (models["classifier"], getattr(method, "adapted", models["classifier"]))}
     # The first layers see every pass, also those through half of a network.

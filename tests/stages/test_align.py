@@ -24,6 +24,7 @@ from sda_fast.stages.manifest import file_sha256
 
 IMAGE = AlignSettings(respacing="10", start=5, batch_size=4)
 BATCH = replace(IMAGE, norm="batch", norm_group=3, batch_size=6)  # seven images: groups of three, three and one
+JACOBIAN_FREE = replace(IMAGE, jacobian_free=True)
 DIFFPURE = AlignSettings("diffpure", respacing="10", start=3, batch_size=4)
 NAMES = ("a/1.png", "a/2.jpg", "a/deep/er/3.png", "b/4.JPEG", "b/5.png", "b/6.png", "top.png")
 MODES = pytest.mark.parametrize("settings", [IMAGE, BATCH], ids=["image", "batch"])
@@ -56,7 +57,9 @@ def read_image_bytes(data):
     return read_image(io.BytesIO(data))
 
 
-@pytest.mark.parametrize("settings", [IMAGE, BATCH, DIFFPURE], ids=["image", "batch", "diffpure"])
+@pytest.mark.parametrize(
+    "settings", [IMAGE, BATCH, JACOBIAN_FREE, DIFFPURE], ids=["image", "batch", "jacobian-free", "diffpure"]
+)
 def test_files_mirror_the_input_and_hold_what_the_projector_makes(tmp_path, images, tiny, pictures, settings):
     summary = align(images, tmp_path / "out", tiny.adm, settings)
     assert summary == {"images": 7, "projected": 7, "failed": 0, "output": str(tmp_path / "out")}
@@ -64,7 +67,7 @@ def test_files_mirror_the_input_and_hold_what_the_projector_makes(tmp_path, imag
     assert list(pictures(tmp_path / "out")) == [f"{key}.png" for key in keys]
 
     steps = {"respacing": "10", "start": settings.start, "batch_size": settings.batch_size}
-    guidance = {"norm": settings.norm, "norm_group": settings.norm_group}
+    guidance = {name: getattr(settings, name) for name in ("norm", "norm_group", "jacobian_free")}
     adm = load_adm(tiny.adm)
     project = Purifier(adm, **steps) if settings is DIFFPURE else Projector(adm, **steps, **guidance)
     x = to_unit(np.stack([center_crop(read_image(images / name), 16) for name in NAMES]))
@@ -225,6 +228,7 @@ def test_the_manifest_says_what_was_done(tmp_path, images, tiny, settings):
         "scale": 6.0,
         "norm": settings.norm,
         "norm_group": settings.norm_group,
+        "jacobian_free": False,
         "engine": "eager",
         "precision": "fp32",
         "batch_size": settings.batch_size,
@@ -303,6 +307,7 @@ def test_an_input_made_anew_with_other_settings_is_not_mixed_in(tmp_path, images
             {"winograd": True, "engine": "inductor"},
             "winograd computes in bf16, not in fp32: choose",
         ),
+        ({"projection": "diffpure", "jacobian_free": True}, "diffpure has no guidance that could be jacobian_free"),
         ({"engine": "turbo"}, "engine 'turbo' is not known; choose one of eager, inductor, onnx, trt"),
         ({"precision": "fp8"}, "precision 'fp8' is not known"),
         (

@@ -107,6 +107,7 @@ def test_a_folder_from_before_a_setting_existed_goes_on(tmp_path, form):
     [
         ("format", {"format": "original"}, '"png"', '"original"'),
         ("phase_convolutions", {"phase_convolutions": True}, "false", "true"),
+        ("jacobian_free", {"jacobian_free": True}, "false", "true"),
         ("engine", {"precision": "bf16", "engine": "inductor"}, '"eager"', '"inductor"'),
         ("seed", {"seed": 1}, "0", "1"),
         ("factor", {"factor": 4}, "(absent)", "4"),
