@@ -30,12 +30,14 @@ from sda_fast.photos.testbed import SEVERITY
 from sda_fast.weights import weights_path
 
 
-def targets(per_class: int, corruptions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The testbed's patches, float32 [N, 3, 32, 32] in [-1, 1], their labels and their identities in the noise."""
+def targets(per_class: int, corruptions: list[str], first: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The testbed's patches, float32 [N, 3, 32, 32] in [-1, 1], their labels and their identities in the noise.
+
+    Corruption by corruption, of each class those from the number `first` on."""
     patches, labels, identities = [], [], []
     for corruption in corruptions:
         for label, name in enumerate(CLASSES):
-            for index, patch in enumerate(held_out_patches(name, per_class)):
+            for index, patch in list(enumerate(held_out_patches(name, first + per_class)))[first:]:
                 key = f"{corruption}/{SEVERITY}/{name}/{index:03d}"
                 patches.append(corrupt(patch, corruption, SEVERITY, identity("corrupt", key)))
                 labels.append(label)

@@ -21,6 +21,7 @@ from sda_fast.statistics import Row
 
 PAIRS = (("SDA", "DDA"), ("SDA", "SDA, not aligned"))  # tested beside each method against the first
 RESULTS = "results.json"
+JACOBIAN_FREE = "Projections are jacobian_free: their guidance is an approximation of the published one."
 ROW_KEYS = ("method", "model", "corruption", "severity", "images", "correct", "accuracy", "low", "high", "outcomes")
 PANEL_ROWS = 5
 
@@ -57,7 +58,7 @@ def write_run_report(output: str | Path, result: Mapping[str, Any], *, command: 
         files["pictures"] = table_grid(before_after(examples, folders), root / "grid.png")
     page, lacking = report_results(root)
     files = {"report": page, **files}
-    text = "\n".join([to_text(overview), *lacking])
+    text = "\n".join([to_text(overview), *_approximations(result["settings"]), *lacking])
     return text, {kind: str(path) for kind, path in files.items()}
 
 
@@ -91,7 +92,11 @@ def report_results(
         settings=record.get("settings"),
         environment=record.get("environment") or {"of this report": environment()},
         commands=[record["command"]] if "command" in record else [],
-        notes=[*([f"Seconds per stage: {seconds}."] if seconds else []), *lacking],
+        notes=[
+            *_approximations(record.get("settings")),
+            *([f"Seconds per stage: {seconds}."] if seconds else []),
+            *lacking,
+        ],
     )
     return page, lacking
 
@@ -123,6 +128,15 @@ def _read(path: Path) -> dict[str, Any]:
         if lacking := [key for key in ROW_KEYS if not isinstance(row, dict) or key not in row]:
             raise SdaError(f"{path}: a row of results lacks {lacking[0]!r}: make the results again")
     return record
+
+
+def _approximations(settings: Any) -> list[str]:
+    """A sentence for what, anywhere in the settings, makes results other than the published algorithm's."""
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, Mapping) and (value.get("jacobian_free") is True or any(map(holds, value.values())))
+
+    return [JACOBIAN_FREE] if holds(settings) else []
 
 
 def _comparisons(rows: Sequence[Row]) -> list[Table]:

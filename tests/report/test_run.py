@@ -30,8 +30,8 @@ def rows(methods=METHODS, corruptions=("clean", "fog", "snow"), models=("resnet"
     ]
 
 
-def report(tmp_path, folders, rows, models=None):
-    settings = {"output": "out", "evaluate": {"resize": False}}
+def report(tmp_path, folders, rows, models=None, **further):
+    settings = {"output": "out", "evaluate": {"resize": False}, **further}
     result = {"rows": rows, "seconds": {"align": 1.5}, "settings": settings, "folders": folders, "models": models or {}}
     return write_run_report(tmp_path / "out", result, command="sda-fast run x.toml")
 
@@ -132,6 +132,18 @@ def test_the_folder_of_an_evaluation(tmp_path, folders, parse):
     page, lacking = report_results(tmp_path)
     assert lacking == []
     assert len(parse(page.read_text()).images("png")) == 2 * 3
+
+
+def test_an_approximation_is_said(tmp_path, folders):
+    said = "Projections are jacobian_free: their guidance is an approximation of the published one."
+    for free in (False, True):
+        text, _ = report(tmp_path, folders, rows(), align={"scale": 6.0, "jacobian_free": free})
+        page = (tmp_path / "out" / "report.html").read_text()
+        assert (said in text) == (said in page) == free
+    made = {"projections_made_with": {"diffpure": None, "dda": {"jacobian_free": True}}}
+    (tmp_path / "results.json").write_text(json.dumps({"settings": made, "rows": rows()}))
+    page, _ = report_results(tmp_path)
+    assert said in page.read_text()
 
 
 @pytest.mark.parametrize(
