@@ -34,11 +34,12 @@ class Configuration:
     precision: str
     batch: int
     phase_convolutions: bool = False  # of the ADM
+    guided: bool = True  # of the ADM: without, the forward pass alone, as `jacobian_free` takes it
 
     def __str__(self) -> str:
         options = "".join(f", {name.replace('_', ' ')} {value}" for name, value in self.options.items())
-        phases = ", phase convolutions" if self.phase_convolutions else ""
-        return f"{self.engine}{options}, {self.precision}, batch {self.batch}{phases}"
+        changes = (", phase convolutions" * self.phase_convolutions) + (", forward alone" * (not self.guided))
+        return f"{self.engine}{options}, {self.precision}, batch {self.batch}{changes}"
 
 
 def configurations(model: str, device: str, tiny: bool) -> list[Configuration]:
@@ -50,6 +51,7 @@ def configurations(model: str, device: str, tiny: bool) -> list[Configuration]:
     others = [Configuration("inductor", variant, "bf16", 32) for variant in variants]
     if model == "adm":
         others.append(Configuration("inductor", {}, "bf16", 32, phase_convolutions=True))
+        others += [Configuration("inductor", {}, "bf16", n, guided=False) for n in (32, 64)]
     if device == "cpu":
         engines = [("eager", {})] if tiny else [("inductor", {}), ("eager", {})]
     batches = (1, 2) if tiny else (32, 16, 8, 64, 1)
