@@ -2,32 +2,33 @@
 
 Every corrupted patch is projected with the same noise by each variant, batch by batch in turn, with one thread and one
 engine. Prints and writes, for each: seconds per image; accuracies of the projection alone, of DDA and, with
---finetuned, of SDA, whose models have learnt from exact projections; and their paired difference from the published
-settings' exact projection, Student's t over images. --first leaves out the patches on which settings were chosen.
+--finetuned, of SDA, whose models have learnt from exact projections; and their paired difference from the exact one
+(the paper's fifty steps and strength, on the same engine and precision), Student's t over images. --first leaves out
+the patches on which settings were chosen.
 
     python benchmarks/approximations.py --first 3 --per-class 12 --output benchmarks/results
 """
 
 import argparse
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import ROOT
-from precision import probabilities, targets
+from precision import probabilities, project, targets
 
 from sda_fast import Projector
 from sda_fast.bench.measure import environment
-from sda_fast.data import CORRUPTIONS, to_uint8, to_unit
+from sda_fast.data import CORRUPTIONS
 from sda_fast.methods.ensembles import combine_scores
 from sda_fast.models import load_adm, load_classifier
 from sda_fast.photos.testbed import SEVERITY
 from sda_fast.statistics import make_row, mean_interval, paired_over_corruptions
 from sda_fast.weights import weights_path
 
+CLASSIFIERS = ("resnet", "convnext")
 EXACT = "exact"
 STEPS = {n: {"respacing": str(2 * n), "start": n} for n in (25, 15, 10)}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -38,23 +39,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "jacobian-free, scale 3": {"jacobian_free": True, "scale": 3.0},
     **{f"jacobian-free, {n} steps": {"jacobian_free": True, **settings} for n, settings in STEPS.items()},
 }
-
-
-def project(
-    projectors: dict[str, Projector], images: torch.Tensor, seeds: torch.Tensor, batch: int
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Projections as the stages keep them (8 bits), and all seconds, by variant."""
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in projectors}
-    seconds = dict.fromkeys(projectors, 0.0)
-    for start in range(0, len(images), batch):
-        part = slice(start, start + batch)
-        for name, projector in projectors.items():
-            begun = time.perf_counter()
-            projected = projector(images[part], seeds=seeds[part])
-            seconds[name] += time.perf_counter() - begun
-            parts[name].append(to_unit(to_uint8(projected)))
-        print(f"{min(start + batch, len(images))} of {len(images)}", flush=True)
-    return {name: torch.cat(found) for name, found in parts.items()}, seconds
 
 
 def main() -> None:
@@ -68,6 +52,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=42)
     parser.add_argument("--output", type=Path, help="folder for approximations-cpu.json")
     given = parser.parse_args()
+    finetuned = {}
+    for item in given.finetuned:
+        classifier, _, file = item.partition("=")
+        if classifier not in CLASSIFIERS:
+            parser.error(f"--finetuned {item} is not of the form CLASSIFIER=FILE, CLASSIFIER being resnet or convnext")
+        finetuned[classifier] = load_classifier(file)
+    if given.output:
+        given.output.mkdir(parents=True, exist_ok=True)
 
     torch.set_num_threads(1)
     adm = load_adm(weights_path("photos:adm"))
@@ -81,21 +73,19 @@ def main() -> None:
     images, labels, seeds = targets(given.per_class, list(CORRUPTIONS), given.first)
     projections, seconds = project(projectors, images, seeds, given.batch)
 
-    finetuned = dict(item.split("=", 1) for item in given.finetuned)
     figures: dict[str, Any] = {
-        name: {"settings": VARIANTS[name], "seconds_per_image": seconds[name] / len(images), "accuracy": {}}
+        name: {"settings": VARIANTS[name], "seconds_per_image": sum(seconds[name]) / len(images), "accuracy": {}}
         for name in chosen
     }
-    for classifier in ("resnet", "convnext"):
+    for classifier in CLASSIFIERS:
         model = load_classifier(weights_path(f"photos:{classifier}"))
-        tuned = load_classifier(finetuned[classifier]) if classifier in finetuned else None
         original = probabilities(model, images)
         outcomes: dict[str, dict[str, list[Any]]] = {}
         for name, x in projections.items():
             alone = probabilities(model, x)
             scores = {"projection alone": alone, "DDA": combine_scores(original, alone)}
-            if tuned is not None:
-                scores["SDA"] = combine_scores(original, probabilities(tuned, x))
+            if classifier in finetuned:
+                scores["SDA"] = combine_scores(original, probabilities(finetuned[classifier], x))
             for kind, values in scores.items():
                 correct = (values.argmax(1) == labels).reshape(len(CORRUPTIONS), -1).numpy()
                 outcomes.setdefault(kind, {})[name] = [
@@ -120,7 +110,7 @@ def main() -> None:
     if given.output:
         record = {
             "benchmark": "approximations",
-            **{key: getattr(given, key) for key in ("engine", "precision", "per_class", "first", "batch")},
+            **{key: getattr(given, key) for key in ("engine", "precision", "per_class", "first", "batch", "finetuned")},
             "images": len(images),
             "variants": figures,
             **environment("cpu", ROOT),

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +43,20 @@ class Configuration:
 
 
 def configurations(model: str, device: str, tiny: bool) -> list[Configuration]:
-    """The most telling ones first."""
+    """The most telling ones first: every engine at the first batch, then the first engine with one thing changed."""
     engines: list[tuple[str, dict[str, bool]]] = [("inductor", {}), ("inductor", {"cuda_graphs": False}), ("eager", {})]
-    variants: list[dict[str, bool]] = [{"fusion": False}, {"deterministic": False}]
-    if model == "adm":
-        variants.append({"deterministic": False, "cudnn_benchmark": True})
-    others = [Configuration("inductor", variant, "bf16", 32) for variant in variants]
-    if model == "adm":
-        others.append(Configuration("inductor", {}, "bf16", 32, phase_convolutions=True))
-        others += [Configuration("inductor", {}, "bf16", n, guided=False) for n in (32, 64)]
+    changed: list[dict[str, bool]] = [{"fusion": False}, {"deterministic": False}]
+    changed.append({"deterministic": False, "cudnn_benchmark": True})
     if device == "cpu":
-        engines = [("eager", {})] if tiny else [("inductor", {}), ("eager", {})]
+        engines, changed = [("eager", {})] if tiny else [("inductor", {}), ("eager", {})], []
     batches = (1, 2) if tiny else (32, 16, 8, 64, 1)
     every = [
         Configuration(*engine, precision, n) for precision in ("bf16", "fp16") for n in batches for engine in engines
     ]
-    return every if device == "cpu" else [*every[:3], *others, *every[3:]]
+    others = [replace(every[0], options=options) for options in changed]
+    if model == "adm":
+        others += [replace(every[0], phase_convolutions=True), replace(every[0], guided=False)]
+    return [*every[: len(engines)], *others, *every[len(engines) :]]
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def project(projectors: dict[str, Projector], images: torch.Tensor, seeds: torch
             begun = time.perf_counter()
             projected = projector(images[part], seeds=seeds[part])
             seconds[name].append(time.perf_counter() - begun)
-            projections[name].append(to_unit(np.stack(to_uint8(projected, "round"))))
+            projections[name].append(to_unit(to_uint8(projected, "round")))
+        print(f"{min(start + batch, len(images))} of {len(images)}", file=sys.stderr, flush=True)
     return {name: torch.cat(parts) for name, parts in projections.items()}, seconds
 
 

@@ -259,6 +259,10 @@ def test_the_engines_of_make_gpu(tmp_path, model):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / f"engines-{model}-tiny.jsonl").read_text().splitlines()]
-    assert [(row["precision"], row["batch"]) for row in rows] == [("bf16", 1), ("bf16", 2), ("fp16", 1), ("fp16", 2)]
+    changed = [("bf16", 1, True, "GuidedStep"), ("bf16", 1, False, "UnguidedStep")] if model == "adm" else []
+    step = "GuidedStep" if model == "adm" else "DiTStep"
+    others = [(precision, batch, False, step) for precision, batch in (("bf16", 2), ("fp16", 1), ("fp16", 2))]
+    told = [(row["precision"], row["batch"], row["phase_convolutions"], row["step"]) for row in rows]
+    assert told == [("bf16", 1, False, step), *changed, *others]
     assert all(row["seconds_per_image"] > 0 for row in rows)
-    assert len(done.stdout.splitlines()) == (4 if model == "adm" else 0)
+    assert len(done.stdout.splitlines()) == (6 if model == "adm" else 0)

@@ -40,8 +40,8 @@ def bench_step(
     """One JSON-able row of a step of `model`, which is moved to the device; options: the engine's fields; profile: with
     "kernels", the seconds of a further run kernel by kernel.
 
-    `parity` is that of up to four images, the first and last of the batch; where it fails, the row has "failed", a
-    sentence, in place of times. Seconds are the median of `repeats` runs, taken in turn with the original's
+    `parity` is that of the images `compared`, up to four, the first and last of the batch; where it fails, the row has
+    "failed", a sentence, in place of times. Seconds are the median of `repeats` runs, taken in turn with the original's
     (`baseline.published_step`). Peak memory: on a GPU the most that was allocated from preparation on above what stood
     before it, on the CPU by how much the process grew in a run.
     """
@@ -74,6 +74,7 @@ def bench_step(
             **program.describe(),
             "options": options or {},
             "phase_convolutions": phase_convolutions,
+            "compared": images,
             "parity": {name: {"error": errors[name], "bound": bounds[name]} for name in exact},
             "prepare_seconds": prepare_seconds,
             **environment(device),

@@ -23,8 +23,8 @@ class InductorEngine:
     """Images channels_last, norms by this package's operators, weights frozen into the program and packed on the CPU.
 
     cuda_graphs: replay a run as one CUDA graph (on a GPU). deterministic: on a GPU only algorithms that give the same
-    bits in every run. max_autotune, cudnn_benchmark: let the compiler or cuDNN time its choices, which takes longer to
-    prepare and may end otherwise in another process, so on a GPU without `deterministic` alone. winograd: 3x3
+    bits in every run. max_autotune, cudnn_benchmark: let the compiler, or cuDNN on a GPU, time its choices, which takes
+    longer to prepare and may end otherwise in another process, so on a GPU without `deterministic` alone. winograd: 3x3
     convolutions by minimal filtering, on the CPU in bf16 alone (`engines.winograd`); the same function in real numbers,
     with up to twice the rounding error. fusion: on a GPU, what `engines.fusion` changes in the graph.
     """

@@ -1,9 +1,10 @@
 """AugMix (Hendrycks et al. 2020) at severity 1, as MEMO draws it: random chains of Pillow's operations, mixed.
 
-All of a view's random numbers are drawn first; what they ask for is then done in threads, as many as PyTorch has.
+All of a view's random numbers are drawn first; what they ask for is then done in threads, which change no bits.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,7 +21,7 @@ WIDTH, DEPTH = 3, 3  # chains, and the most operations in one
 # What MEMO's and AugMix's calls of Pillow paint where a moved picture has no pixels: they ask for grey 128 in a way
 # that Pillow reads as red.
 DARK_RED = (128, 0, 0)
-THREADS = 8  # at most; a quarter of the time is spent under Python's lock
+MOST_THREADS = 8  # a quarter of the time is spent under Python's lock
 
 Colour = tuple[int, int, int]
 Edit = Callable[[Image.Image], Image.Image]
@@ -48,7 +49,7 @@ def augmix_views(
     size = size or image.shape[-2]
 
     def draw() -> tuple[Edit, bool, Mixing]:
-        return random_resized_crop(picture, size, rng), rng.random() < 0.5, draw_mixing(rng, (size, size), fill)
+        return random_resized_crop(rng, picture.size, size), rng.random() < 0.5, draw_mixing(rng, (size, size), fill)
 
     def view(crop: Edit, mirrored: bool, mixing: Mixing) -> np.ndarray:
         cropped = crop(picture)
@@ -57,7 +58,7 @@ def augmix_views(
         m = np.float32(mixing.m)
         return m * _unit(cropped) + np.float32(1 - mixing.m) * _mixture(cropped, mixing)
 
-    return _in_threads(view, [draw() for _ in range(views)])
+    return _in_threads(image.device, view, [draw() for _ in range(views)])
 
 
 def augmix_parts(image: Tensor, views: int, rng: np.random.Generator, fill: Colour = DARK_RED) -> tuple[Tensor, Tensor]:
@@ -66,15 +67,14 @@ def augmix_parts(image: Tensor, views: int, rng: np.random.Generator, fill: Colo
     picture = _picture(image)
     drawn = [draw_mixing(rng, picture.size, fill) for _ in range(views)]
     m = torch.tensor([mixing.m for mixing in drawn]).reshape(-1, 1, 1, 1)
-    return m, _in_threads(partial(_mixture, picture), [(mixing,) for mixing in drawn])
+    return m, _in_threads(image.device, partial(_mixture, picture), [(mixing,) for mixing in drawn])
 
 
-def random_resized_crop(picture: Image.Image, size: int, rng: np.random.Generator) -> Edit:
-    """A crop of 8 to 100 % of the area and a ratio of 3/4 to 4/3, scaled to a square (Szegedy et al. 2015).
-
-    Where ten draws do not fit, the largest centred crop whose ratio does.
+def random_resized_crop(rng: np.random.Generator, size: Size, side: int) -> Edit:
+    """What crops a picture of this size to 8 to 100 % of its area at a ratio of 3/4 to 4/3, and scales that to a square
+    (Szegedy et al. 2015). Where ten draws do not fit, the largest centred crop whose ratio does.
     """
-    width, height = picture.size
+    width, height = size
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1.0)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -86,7 +86,7 @@ def random_resized_crop(picture: Image.Image, size: int, rng: np.random.Generato
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
     box = (left, top, left + w, top + h)
-    return lambda picture: picture.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+    return lambda picture: picture.crop(box).resize((side, side), Image.Resampling.BILINEAR)
 
 
 def draw_mixing(rng: np.random.Generator, size: Size, fill: Colour) -> Mixing:
@@ -99,10 +99,20 @@ def draw_mixing(rng: np.random.Generator, size: Size, fill: Colour) -> Mixing:
     return Mixing(m, list(weights), chains)
 
 
-def _in_threads(function: Callable[..., np.ndarray], arguments: Sequence[tuple[object, ...]]) -> Tensor:
-    """What a function gives for each of the arguments, float32 [H, W, 3], as one tensor [N, 3, H, W]."""
-    with ThreadPoolExecutor(min(THREADS, torch.get_num_threads())) as pool:
-        results = list(pool.map(lambda each: function(*each), arguments))
+def _in_threads(
+    device: torch.device, function: Callable[..., np.ndarray], arguments: Sequence[tuple[object, ...]]
+) -> Tensor:
+    """What a function gives for each of the arguments, float32 [H, W, 3], as one tensor [N, 3, H, W].
+
+    Threads are as many as PyTorch has, one in a stage's processes, where a method's time is that of its own thread; for
+    images of a GPU, which waits meanwhile, as many as there are cores.
+    """
+    threads = min(MOST_THREADS, torch.get_num_threads() if device.type == "cpu" else os.cpu_count() or 1)
+    if threads == 1:
+        results = [function(*each) for each in arguments]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            results = list(pool.map(lambda each: function(*each), arguments))
     return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -58,7 +58,7 @@ class Method:
         """What one image costs, the projection included where a projector of this package makes it."""
         classifier = 2 if self.ensemble else 1
         steps = getattr(self.projector, "start", 0) if self.projection else 0
-        # DDA's guidance goes back through the network at every step.
+        # DDA's guidance goes back through the network at every step, as published.
         back = self.projection == "dda" and not getattr(self.projector, "jacobian_free", False)
         return Cost(classifier, 0, steps, steps if back else 0)
 

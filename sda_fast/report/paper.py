@@ -1,8 +1,10 @@
 """The paper's tables 1 and 2: one line per model, one column per method, the gain of SDA over DDA in parentheses."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from sda_fast.report.approximations import with_approximations
 from sda_fast.report.corruption_error import Baseline, mce_table
 from sda_fast.report.results import ModelResults, by_model
 from sda_fast.report.tables import MISSING, Cell, Table, accuracy_table
@@ -39,11 +41,12 @@ def write_evaluation(
 ) -> list[Table]:
     """Write `<output>/results.md` and `results.csv`, with a baseline also `mce.csv`; returns the tables of the former.
 
-    baseline, name: as `mce_table` takes them.
+    output: the folder that `evaluate` wrote. baseline, name: as `mce_table` takes them.
     """
     folder, accuracies = Path(output), accuracy_table(rows, layout="tall")
     errors = [] if baseline is None else mce_table(rows, baseline, name)
-    tables = [paper_table(rows), *accuracies, *errors]
+    settings = json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"]
+    tables = with_approximations([paper_table(rows), *accuracies, *errors], settings)
     write_tables(folder / "results.md", tables)
     write_tables(folder / "results.csv", accuracies)
     if errors:

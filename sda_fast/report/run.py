@@ -9,6 +9,7 @@ from typing import Any
 
 from sda_fast.errors import SdaError
 from sda_fast.files import write_json
+from sda_fast.report.approximations import approximations, with_approximations
 from sda_fast.report.bars import accuracy_bars
 from sda_fast.report.examples import before_after, choose_examples, grad_cam_panels, spread
 from sda_fast.report.html import write_report
@@ -21,7 +22,6 @@ from sda_fast.statistics import Row
 
 PAIRS = (("SDA", "DDA"), ("SDA", "SDA, not aligned"))  # tested beside each method against the first
 RESULTS = "results.json"
-JACOBIAN_FREE = "Projections are jacobian_free: their guidance is an approximation of the published one."
 ROW_KEYS = ("method", "model", "corruption", "severity", "images", "correct", "accuracy", "low", "high", "outcomes")
 PANEL_ROWS = 5
 
@@ -48,7 +48,7 @@ def write_run_report(output: str | Path, result: Mapping[str, Any], *, command: 
     }
     write_json(record, root / RESULTS)
     tables = accuracy_table(rows, layout="tall")
-    overview = [paper_table(rows), *tables, *_comparisons(rows)]
+    overview = with_approximations([paper_table(rows), *tables, *_comparisons(rows)], result["settings"])
     write_tables(root / "results.md", overview)
     write_tables(root / "results.csv", tables)
     files = {"table": root / "results.md", "rows": root / RESULTS}
@@ -58,7 +58,7 @@ def write_run_report(output: str | Path, result: Mapping[str, Any], *, command: 
         files["pictures"] = table_grid(before_after(examples, folders), root / "grid.png")
     page, lacking = report_results(root)
     files = {"report": page, **files}
-    text = "\n".join([to_text(overview), *_approximations(result["settings"]), *lacking])
+    text = "\n".join([to_text(overview), *lacking])
     return text, {kind: str(path) for kind, path in files.items()}
 
 
@@ -75,7 +75,8 @@ def report_results(
     """
     path = Path(source, RESULTS) if Path(source).is_dir() else Path(source)
     record = _read(path)
-    rows = [*record["rows"], *(row for file in further for row in _read(Path(file))["rows"])]
+    others = [_read(Path(file)) for file in further]
+    rows = [row for each in (record, *others) for row in each["rows"]]
     try:
         by_model(rows)
     except ValueError as error:
@@ -93,7 +94,7 @@ def report_results(
         environment=record.get("environment") or {"of this report": environment()},
         commands=[record["command"]] if "command" in record else [],
         notes=[
-            *_approximations(record.get("settings")),
+            *approximations({str(i): each.get("settings") for i, each in enumerate((record, *others))}),
             *([f"Seconds per stage: {seconds}."] if seconds else []),
             *lacking,
         ],
@@ -128,15 +129,6 @@ def _read(path: Path) -> dict[str, Any]:
         if lacking := [key for key in ROW_KEYS if not isinstance(row, dict) or key not in row]:
             raise SdaError(f"{path}: a row of results lacks {lacking[0]!r}: make the results again")
     return record
-
-
-def _approximations(settings: Any) -> list[str]:
-    """A sentence for what, anywhere in the settings, makes results other than the published algorithm's."""
-
-    def holds(value: Any) -> bool:
-        return isinstance(value, Mapping) and (value.get("jacobian_free") is True or any(map(holds, value.values())))
-
-    return [JACOBIAN_FREE] if holds(settings) else []
 
 
 def _comparisons(rows: Sequence[Row]) -> list[Table]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sda_fast.files import write_json
 from sda_fast.report import accuracy_bars, accuracy_table, comparison_table, to_text, write_report, write_tables
+from sda_fast.report.approximations import with_approximations
 from sda_fast.report.run import environment
 from sda_fast.studies.compare import Result, of_usual_stream
 from sda_fast.studies.config import StudyConfig
@@ -22,6 +23,7 @@ def write_study(result: Result, config: StudyConfig, *, command: str) -> tuple[s
     folder = Path(config.output) / result.study
     rows = of_usual_stream(result.rows, result.usual)
     tables = ablation_tables(result, config) if result.study == "ablate" else comparison_tables(result)
+    tables = with_approximations(tables, result.settings)
     accuracies = accuracy_table(rows, layout="tall")
     found = {
         "study": result.study,

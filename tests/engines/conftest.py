@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent))  # fake_tensorrt
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # onnx_rules
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # onnx_rules, engines
 
 HANDLE = 77
 

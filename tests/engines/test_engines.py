@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engines import configurations
 
-from sda_fast import Projector
+from sda_fast import Projector, bench
 from sda_fast.diffusion import LowPass, Schedule
 from sda_fast.diffusion.guidance import Guided, finish, guide
 from sda_fast.diffusion.samplers import ReverseSteps
@@ -201,6 +202,16 @@ def test_what_is_timed_is_not_deterministic(tiny, timing):
     create_engine("inductor", **{timing: True}, deterministic=False).check(step, torch.device("cuda"))
     with pytest.raises(SdaError, match=f"{timing} times its .* give deterministic=False too, or leave it out"):
         create_engine("inductor", **{timing: True}).check(step, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("model", bench.TINY)
+def test_engines_take_what_make_gpu_asks_of_them(model):
+    asked = configurations(model, "cuda", False)
+    assert len(asked) == len(set(map(str, asked)))
+    network = bench.random_model(*bench.TINY[model])
+    for each in asked:
+        step = bench.make_step(network, each.precision, each.guided, each.phase_convolutions)
+        create_engine(each.engine, **each.options).check(step, torch.device("cuda"))
 
 
 def test_without_a_compiler(tiny, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from sda_fast.data import to_uint8, to_unit
@@ -133,6 +133,32 @@ def test_a_mixture_by_hand():
     assert torch.equal(mixture, to_unit(to_uint8(IMAGES[:1])[0])[0])
 
 
+@pytest.mark.parametrize("identity", range(4))
+def test_a_view_drawn_and_made_step_by_step(identity):
+    """The order of the draws and the arithmetic, which evaluations begun by an earlier version share."""
+    rng = generator(0, identity)
+    picture = Image.fromarray(to_uint8(IMAGES[:1])[0])
+    crop = augmix.random_resized_crop(rng, (16, 16), 12)(picture)
+    if rng.random() < 0.5:
+        crop = ImageOps.mirror(crop)
+    weights, m = rng.dirichlet([1.0] * 3), rng.beta(1.0, 1.0)
+    mixture = torch.zeros(1, 3, 12, 12)
+    for weight in weights:
+        chain = crop
+        for _ in range(rng.integers(1, 4)):
+            operation = augmix.OPERATIONS[rng.integers(9)]
+            chain = operation(rng, chain.size, augmix.DARK_RED)(chain)
+        mixture += float(weight) * to_unit(np.array(chain))
+    view = float(m) * to_unit(np.array(crop)) + (1 - float(m)) * mixture
+    assert torch.equal(augmix.augmix_views(IMAGES[0], 1, generator(0, identity), 12), view)
+
+
+def test_with_one_thread_the_work_is_done_in_the_callers(one_thread, monkeypatch):
+    """Studies take the time of a method's own thread."""
+    monkeypatch.setattr(augmix, "ThreadPoolExecutor", lambda _: pytest.fail("a thread"))
+    assert augmix.augmix_views(IMAGES[0], 3, generator(0, 1)).shape == (3, 3, 16, 16)
+
+
 def test_moved_pictures_show_red_beyond_their_edge():
     own, red = (200, 100, 50), augmix.DARK_RED
     picture = Image.new("RGB", (120, 120), own)
@@ -146,9 +172,9 @@ def test_crops_cover_and_stay_inside():
     ramp = np.arange(40 * 60, dtype=np.uint8).reshape(40, 60)
     picture = Image.fromarray(np.stack([ramp] * 3, -1))
     for identity in range(50):
-        assert augmix.random_resized_crop(picture, 8, generator(0, identity))(picture).size == (8, 8)
+        assert augmix.random_resized_crop(generator(0, identity), picture.size, 8)(picture).size == (8, 8)
     line = Image.fromarray(np.full((2, 200, 3), 7, np.uint8))  # no draw fits into it
-    crop = augmix.random_resized_crop(line, 8, generator(0, 0))(line)
+    crop = augmix.random_resized_crop(generator(0, 0), line.size, 8)(line)
     assert crop.getcolors() == [(64, (7, 7, 7))]
 
 

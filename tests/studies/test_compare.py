@@ -7,6 +7,7 @@ from PIL import Image
 
 from sda_fast.errors import SdaError
 from sda_fast.methods import METHODS
+from sda_fast.report.approximations import JACOBIAN_FREE
 from sda_fast.stages.config import read_config
 from sda_fast.stages.evaluate import evaluate
 from sda_fast.studies import compare as module
@@ -212,6 +213,14 @@ def test_what_the_evaluation_says_counts(tmp_path, study, call, tiny):
     path = tmp_path / "shared.toml"
     path.write_text(study + '[finetuned]\nresnet = "m.safetensors"\n')
     read_config(path)  # a run passes over what is a study's
+
+
+def test_approximate_projections_are_said_to_be_so(tmp_path, study, call):
+    call("compare", study.replace("[align]", "[align]\njacobian_free = true"), "--method", "dda")
+    for file in ("results.md", "report.html"):
+        assert JACOBIAN_FREE in (tmp_path / "out" / "compare" / file).read_text()
+    manifest = json.loads((tmp_path / "out" / "projected" / "dda" / "manifest.json").read_text())
+    assert manifest["settings"]["jacobian_free"] is True
 
 
 def test_projections_as_jpegs_are_found(tmp_path, study, call):
