@@ -22,6 +22,7 @@ from precision import probabilities, project, targets
 from sda_fast import Projector
 from sda_fast.bench.measure import environment
 from sda_fast.data import CORRUPTIONS
+from sda_fast.host_memory import keep_freed_memory
 from sda_fast.methods.ensembles import combine_scores
 from sda_fast.models import load_adm, load_classifier
 from sda_fast.photos.testbed import SEVERITY
@@ -61,6 +62,7 @@ def main() -> None:
     if given.output:
         given.output.mkdir(parents=True, exist_ok=True)
 
+    keep_freed_memory()  # as commands do
     torch.set_num_threads(1)
     adm = load_adm(weights_path("photos:adm"))
     chosen = [EXACT, *(name for name in VARIANTS if name != EXACT and name in (given.variant or VARIANTS))]
