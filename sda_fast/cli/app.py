@@ -80,7 +80,7 @@ def run() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         text = " ".join(str(error).splitlines())
-        print(f"sda-fast: {text if text.endswith('.') else text + '.'}", file=sys.stderr)
+        print(f"sda-fast: {text if text.endswith(('.', '?')) else text + '.'}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # what typer makes of Ctrl-C, without a word

@@ -192,9 +192,16 @@ def test_one_sentence_and_exit_code_two(cli, places, command):
     assert CASES[command].format(**places) in said.err
     lines = [line for line in said.err.splitlines() if not line.startswith("== ")]  # demo and run name their stages
     assert len(lines) == 1, said.err
-    assert re.fullmatch(r"sda-fast: .*[^.]\.", lines[0])
+    assert re.fullmatch(r"sda-fast: .*[^.?][.?]", lines[0])
     assert said.code == 2
     assert said.out == ""
+
+
+def test_a_question_is_not_followed_by_a_full_stop(cli, tmp_path):
+    (tmp_path / "run.toml").write_text("outpt = 1\n")
+    said = cli("run", tmp_path / "run.toml")
+    assert said.err.endswith("unknown key 'outpt'; did you mean output?\n")
+    assert (said.code, said.out) == (2, "")
 
 
 def test_other_settings_on_resume(cli, places):
