@@ -1,6 +1,6 @@
 """What makes results other than the published algorithm's is said beside them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +23,4 @@ def with_approximations(tables: Sequence[Table], settings: Any) -> list[Table]:
     if not tables:
         return []
     first, *rest = tables
-    return [replace(first, note=_joined([first.note, *approximations(settings)])), *rest]
-
-
-def _joined(sentences: Iterable[str]) -> str:
-    return " ".join(filter(None, sentences))
+    return [replace(first, note=" ".join(filter(None, [first.note, *approximations(settings)]))), *rest]
