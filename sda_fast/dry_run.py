@@ -14,20 +14,20 @@ from typing import Any
 import torch
 
 from sda_fast.bench.models import PRESETS, architecture, fake_step
-from sda_fast.data import find_images
+from sda_fast.data import ImageFile, find_images
 from sda_fast.diffusion import Schedule
 from sda_fast.engines.ledger import flops
 from sda_fast.errors import SdaError
 from sda_fast.models import ADM, Classifier, DiT, load_classifier
 from sda_fast.models.vae import load_vae, vae_file
 from sda_fast.report.tables import Cell, Table
-from sda_fast.stages.align import align, align_record, check_align
+from sda_fast.stages.align import align, align_record, check_align, norm_groups, projection_done
 from sda_fast.stages.config import RunConfig
-from sda_fast.stages.evaluate import images_kept
+from sda_fast.stages.evaluate import images_kept, projections_of
 from sda_fast.stages.finetune import MODEL, finetune
 from sda_fast.stages.manifest import MANIFEST, check_output
 from sda_fast.stages.pipeline import Stage, check, methods_of, recipe_of, stages_of
-from sda_fast.stages.synthesize import check_synthesize, synthesize, synthesize_record, synthetic_keys
+from sda_fast.stages.synthesize import OTHERS, check_synthesize, synthesize, synthesize_record, synthetic_keys
 
 BACKWARD = 2  # a backward pass for weights and inputs, in forward passes
 
@@ -102,12 +102,13 @@ def dry_run(config: RunConfig, rates: Rates) -> list[Planned]:
 
 
 def _plan_synthesize(stage: Stage, config: RunConfig, rates: Rates, made: dict[Path, list[str]]) -> Planned:
-    arguments = {name: value for name, value in stage.arguments.items() if name != "output"}
+    arguments = {name: value for name, value in stage.arguments.items() if name not in ("output", "exactly")}
     settings, dit = arguments["settings"], arguments["dit"]
     vae = None if config.vae is None else vae_file(config.vae)
     model, names = check_synthesize(**arguments, device=config.device)
     out = check_output(stage.output, "synthesize", lambda: synthesize_record(dit, vae, settings, names))
     keys = made[stage.output] = synthetic_keys(arguments["only"] or names, arguments["per_class"])
+    out.require_no_others(keys, OTHERS)
     latent, side = (1, model.in_channels, model.input_size, model.input_size), model.input_size
     passes = len(Schedule.linear(settings.respacing)) * (1 if settings.cfg_scale == 1.0 else 2)
     each = passes * _step_flops(model)
@@ -131,11 +132,9 @@ def _plan_align(stage: Stage, config: RunConfig, rates: Rates, made: dict[Path, 
 
     out = check_output(stage.output, "align", record)
     keys = made[stage.output] = made[folder]
-    originals = {file.key: file for file in find_images(folder)[0]} if folder == Path(config.target) else {}
-
-    def done(key: str) -> bool:
-        return out.done(key, settings.suffix(originals[key]) if key in originals else ".png")
-
+    target = folder == Path(config.target)
+    files = find_images(folder)[0] if target else [ImageFile(folder, f"{key}.png") for key in keys]
+    done = projection_done(out, norm_groups(files, settings), settings)
     guided = settings.projection == "dda" and not settings.jacobian_free
     rate = rates.of("GuidedStep" if guided else "UnguidedStep", model, settings)
     each = settings.start * _step_flops(model, guided)
@@ -164,7 +163,10 @@ def _plan_evaluate(stage: Stage, config: RunConfig, rates: Rates, images: int) -
         each += (cost.classifier + BACKWARD * cost.classifier_backward) * forward
         if network := getattr(method, "adm", None) or getattr(method, "dit", None):
             each += (cost.diffusion + BACKWARD * cost.diffusion_backward) * _step_flops(network, guided=False)
-    done = images_kept(out.folder, find_images(config.target)[0])
+    folders = stage.arguments["projections"]
+    made = [kind for kind in projections_of(stage.arguments["methods"]) if (folders[kind] / MANIFEST).exists()]
+    pairs = {kind: {file.key: file for file in find_images(folders[kind])[0]} for kind in made}
+    done = images_kept(out.folder, find_images(config.target)[0], pairs)
     left = images - done
     reads = ", ".join(str(folder) for folder in (config.target, *stage.arguments["projections"].values()))
     size = 2 * left * len(stage.arguments["methods"])  # an outcome is one character, in two files

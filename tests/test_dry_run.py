@@ -124,7 +124,8 @@ def test_what_is_done_is_told_and_nothing_is_touched(tmp_path, run, plan):
     (tmp_path / "out" / "projected" / "dda" / "fog/3/ant/1.png").unlink()
     (tmp_path / "out" / "synthetic" / "raw" / "bee" / "00001.png").write_bytes(b"cut")
     rows = plan()
-    assert [row["images"] - row["done"] for row in rows.values()] == [1, 0, 0, 1, 0]
+    # Whether the torn image will be again what it was, and its projection good, only making it can tell.
+    assert [row["images"] - row["done"] for row in rows.values()] == [1, 1, 0, 1, 0]
 
     (tmp_path / "target" / "fog/3/ant/1.png").unlink()  # then the rows of that corruption are of other images
     assert plan()["evaluate resnet"]["done"] == 0

@@ -235,9 +235,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score methods on labelled images and their projections; prints a table with 95 % intervals."""
-    from sda_fast.data import find_images
+    from sda_fast.data import by_condition, describe, find_images
     from sda_fast.report import check_baseline, read_baseline, to_text, write_evaluation
-    from sda_fast.stages.evaluate import conditions
     from sda_fast.stages.evaluate import evaluate as stage
     from sda_fast.weights import weights_path
 
@@ -245,7 +244,8 @@ def evaluate(
     baseline = None
     if mce is not None:  # what does not fit shows before the work
         baseline, (files, _) = read_baseline(mce), find_images(input)
-        check_baseline(mce, baseline, conditions(files, input), {file.class_name for file in files})
+        conditions = [describe(condition, input) for condition in by_condition(files)]
+        check_baseline(mce, baseline, conditions, {file.class_name for file in files})
     how: Any = {"engine": engine, "precision": precision}
     rows = stage(
         input,

@@ -5,6 +5,7 @@ passage to the float tensors in [-1, 1] that the models see.
 """
 
 from sda_fast.data.classes import imagenet_classes, label_indices, read_classes
+from sda_fast.data.conditions import by_condition, condition_of, describe
 from sda_fast.data.corruptions import CORRUPTIONS, corrupt
 from sda_fast.data.crops import DiffusionCrop, EvaluationCrop, center_crop, resize_short_side
 from sda_fast.data.images import (
@@ -15,6 +16,7 @@ from sda_fast.data.images import (
     pair,
     read_image,
     shown,
+    source_of,
     write_jpeg,
     write_png,
 )
@@ -33,8 +35,11 @@ __all__ = [
     "ImageFile",
     "Prefetcher",
     "Writer",
+    "by_condition",
     "center_crop",
+    "condition_of",
     "corrupt",
+    "describe",
     "find_images",
     "identity",
     "imagenet_classes",
@@ -47,6 +52,7 @@ __all__ = [
     "reading_threads",
     "resize_short_side",
     "shown",
+    "source_of",
     "to_uint8",
     "to_unit",
     "watermark",

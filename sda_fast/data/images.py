@@ -7,12 +7,14 @@ synthetic images are matched by key, classes by folder name; nothing is ever mat
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from sda_fast.errors import SdaError
 from sda_fast.files import write_bytes
@@ -192,22 +194,38 @@ def _require(missing: list[ImageFile], lack: str) -> None:
         raise SdaError(f"{len(missing)} images in {missing[0].root} ({first}) have {lack}.")
 
 
-def write_png(array: np.ndarray, path: str | Path) -> None:
-    """Write a uint8 [H, W, 3] image whole or not at all; equal images give equal bytes.
+def write_png(array: np.ndarray, path: str | Path, source: str | None = None) -> None:
+    """Write a uint8 [H, W, 3] image whole or not at all; equal arguments give equal bytes.
+
+    source: the SHA-256 of what the image was made of, in hexadecimal; it stands in the file, see `source_of`.
 
     Folders above `path` are made. Raises SdaError for another dtype or shape, or if it cannot be written.
     """
-    _write(array, path, "PNG")
+    text = PngImagePlugin.PngInfo()
+    if source is not None:
+        text.add_text(_SOURCE, source)
+    _write(array, path, "PNG", pnginfo=text)
 
 
-def write_jpeg(array: np.ndarray, path: str | Path) -> None:
+def write_jpeg(array: np.ndarray, path: str | Path, source: str | None = None) -> None:
     """The same as JPEG with Pillow's defaults, quality 75 and halved chroma: the published code gives no others."""
-    _write(array, path, "JPEG")
+    _write(array, path, "JPEG", **({} if source is None else {"comment": f"{_SOURCE} {source}"}))
 
 
-def _write(array: np.ndarray, path: str | Path, format: str) -> None:
+def source_of(path: str | Path) -> str | None:
+    """The `source` that an image was written with; None if none is in it. Raises OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        found = _SOURCE_IN_FILE.search(file.read(512))  # before the pixels, as Pillow writes both formats
+    return found and found[1].decode()
+
+
+_SOURCE = "input-sha256"
+_SOURCE_IN_FILE = re.compile(rb"input-sha256[\0 ]([0-9a-f]{64})")
+
+
+def _write(array: np.ndarray, path: str | Path, format: str, **options: Any) -> None:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise SdaError(f"{format} takes uint8 of shape [H, W, 3], not {array.dtype} of {list(array.shape)}.")
     encoded = io.BytesIO()
-    Image.fromarray(array).save(encoded, format=format)
+    Image.fromarray(array).save(encoded, format=format, **options)
     write_bytes(encoded.getvalue(), path)

@@ -17,10 +17,13 @@ class Writer:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="write")
         self._waiting: list[Future[None]] = []
 
-    def __call__(self, array: np.ndarray, path: Path) -> None:
-        """Write a uint8 image [H, W, 3], whole or not at all: as JPEG if `path` ends like one, else as PNG."""
+    def __call__(self, array: np.ndarray, path: Path, source: str | None = None) -> None:
+        """Write a uint8 image [H, W, 3], whole or not at all: as JPEG if `path` ends like one, else as PNG.
+
+        source: see `sda_fast.data.images.write_png`.
+        """
         write = write_jpeg if path.suffix.lower() in JPEG_SUFFIXES else write_png
-        self._waiting.append(self._threads.submit(write, array, path))
+        self._waiting.append(self._threads.submit(write, array, path, source))
 
     def flush(self) -> None:
         """Wait until everything is written that can be. Raises what went wrong with the first image that could not."""

@@ -79,6 +79,16 @@ class Method:
             return self.scores(images, images if projected is None else projected)
 
 
+def predictions(method: Method, scores: Tensor) -> Tensor:
+    """The class of each image, int64 [N], by a method's scores [N, K]. Raises SdaError if one of them is no number."""
+    if not scores.isfinite().all():
+        raise SdaError(
+            f"{method.title} gives scores that are no finite numbers: check the classifier's weights, or with a method "
+            "that changes them give it a smaller lr by --option"
+        )
+    return scores.argmax(dim=1)
+
+
 def probabilities(model: Any, images: Tensor) -> Tensor:
     """softmax(model(images)), float32 [N, K]."""
     return model(images).float().softmax(dim=1)

@@ -6,10 +6,9 @@ from typing import Any
 
 from sda_fast.data import CORRUPTIONS, corrupt, identity, write_png
 from sda_fast.data.corruptions import library_version
-from sda_fast.data.images import SUFFIXES
 from sda_fast.errors import SdaError
 from sda_fast.photos.dataset import CLASSES, held_out_patches
-from sda_fast.stages.manifest import Output, open_output
+from sda_fast.stages.manifest import open_output
 from sda_fast.stages.progress import progress
 
 SEVERITY = 2  # the source models keep some skill under every corruption; docs/testbed.md has the table
@@ -44,7 +43,8 @@ def write_testbed(
     ]
     out = open_output(output, "photos", {"severity": severity, "corruptions_library": library_version()})
     if exactly:
-        _require_no_others(out, [key for key, _, _ in patches])
+        way_out = "give the options that it was made with, another --output, or delete it"
+        out.require_no_others([key for key, _, _ in patches], way_out)
     with progress(len(patches), "writing patches", quiet) as reporter:
         for key, corruption, patch in patches:
             if not out.done(key):
@@ -54,11 +54,3 @@ def write_testbed(
             reporter.advance()
     out.finish({"per_class": per_class, "corruptions": list(corruptions)})
     return {"images": len(patches), "output": str(output)}
-
-
-def _require_no_others(out: Output, keys: Sequence[str]) -> None:
-    found = [path for path in out.folder.rglob("*") if path.suffix.lower() in SUFFIXES]
-    if others := sorted(set(found) - set(map(out.path, keys))):
-        held = f"{len(others)} patches that these options do not ask for, such as {others[0].relative_to(out.folder)}"
-        way_out = "give the options that it was made with, another --output, or delete it"
-        raise SdaError(f"{out.folder} holds {held}: {way_out}")

@@ -3,8 +3,8 @@
 The same stage aligns the synthetic images of SDA's first half and projects the target images of its second.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from sda_fast.data import (
     ImageFile,
     Prefetcher,
     Writer,
+    by_condition,
     find_images,
     identity,
     list_images,
@@ -27,6 +28,7 @@ from sda_fast.data import (
     to_unit,
 )
 from sda_fast.data.images import JPEG_SUFFIXES
+from sda_fast.data.readers import Cropped
 from sda_fast.diffusion.guidance import Norm
 from sda_fast.engines import Precision
 from sda_fast.engines.create import with_winograd
@@ -38,6 +40,7 @@ from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.failures import Failures, counting_what_is_done, report_listing, write_failures
 from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
 from sda_fast.stages.ranks import is_first, processes_here, ranks, wait_for_all
+from sda_fast.stages.sources import Sources, made_of_inputs
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,11 @@ class AlignSettings:
             raise SdaError(f'format {self.format!r} is not known; choose "png" or "original"')
         respacing, start = PUBLISHED[self.projection]
         return replace(self, respacing=self.respacing or respacing, start=start if self.start is None else self.start)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether images have a norm together, so that one's result depends on others."""
+        return self.projection == "dda" and self.norm == "batch"
 
     def suffix(self, file: ImageFile) -> str:
         """Of the projection's file."""
@@ -134,15 +142,15 @@ def align(
 
     Files are PNG, or as `settings.format` says. Images are cut to the ADM's size as guided-diffusion crops. An image's
     result depends on its path, its pixels and the settings alone (with norm="batch" also on the others of its group,
-    consecutive in the sorted list). Resumes where an earlier run stopped. What cannot be read is left out and stands in
-    `<output>/failures.json`, with norm="batch" together with its group; a later call tries it again.
+    consecutive in the sorted list of their corruption). Resumes where an earlier run stopped; an image that was
+    changed since is projected anew, which its file tells by the SHA-256 of its input. What cannot be read is left out
+    and stands in `<output>/failures.json`, with norm="batch" together with its group; a later call tries it again.
 
     Raises SdaError for wrong folders, weights and settings.
     """
     settings = (settings or AlignSettings()).resolved()
-    grouped = settings.projection == "dda" and settings.norm == "batch"
     # An image that is not listed would shift all groups after it: then nothing may be wrong with the folder.
-    files, listed = (list_images(input), {}) if grouped else find_images(input)
+    files, listed = (list_images(input), {}) if settings.grouped else find_images(input)
     model = check_align(adm, settings, preset, device)  # wrong settings must fail before the folder is made
     if Path(output).resolve().is_relative_to(Path(input).resolve()):
         raise SdaError(f"--output {output} lies in --input {input}: a second call would project projections; move it")
@@ -151,20 +159,17 @@ def align(
         out, settings.batch_size, lambda: make_projection(load_adm(adm, preset).to(device), settings), workers
     )
 
-    size = settings.norm_group if grouped else 1
-    groups = [[file.key for file in files[i : i + size]] for i in range(0, len(files), size)]
-    by_key = {file.key: file for file in files}
-    done = partial(_done, out, settings, by_key)
-    todo = plan(groups, done, batch_size)
-    group_of = {key: group for group in groups for key in group} if grouped else {}
+    groups = norm_groups(files, settings)
+    done = projection_done(out, groups, settings)
+    todo = plan([[file.key for file in group] for group in groups], done, batch_size)
     # A worker among several cannot know its next batch; while it reads, the others compute.
     foreseen = todo if workers == 1 and ranks() is None else []
     threads = reading_threads(max(1, workers) * processes_here())
-    with counting_what_is_done(by_key, done):
+    with counting_what_is_done([file.key for file in files], done):
         failures = report_listing(listed) | run_batches(
             todo,
             _make_work,
-            (adm, preset, settings, batch_size, device, out, by_key, group_of, foreseen, threads),
+            (adm, preset, settings, batch_size, device, out, groups, foreseen, threads),
             label=f"{settings.projection} projection",
             total=len(files),
             workers=workers,
@@ -174,7 +179,8 @@ def align(
         write_failures(out.folder, failures)
         out.finish({"images": len(files), "failed": len(failures)})
     wait_for_all()
-    projected = sum(by_key[key].name not in failures for batch in todo for key in batch)
+    names = {file.key: file.name for file in files}
+    projected = sum(names[key] not in failures for batch in todo for key in batch)
     return {"images": len(files), "projected": projected, "failed": len(failures), "output": str(output)}
 
 
@@ -204,30 +210,36 @@ def _make_work(
     batch_size: int,
     device: str,
     out: Output,
-    files: dict[str, ImageFile],
-    group_of: dict[str, list[str]],
+    groups: Sequence[Sequence[ImageFile]],
     foreseen: list[list[str]],
     threads: int,
 ) -> Work:
     model = load_adm(adm, preset).to(device)
     project = make_projection(model, settings, batch_size)
     reader = make_reader(settings.decoder, DiffusionCrop(model.image_size), threads)
-    read, write = Prefetcher(lambda keys: reader([files[key] for key in keys]), foreseen), Writer()
-    done = partial(_done, out, settings, files)
+    files, sources = {file.key: file for group in groups for file in group}, _sources(groups)
+
+    def load(keys: list[str]) -> tuple[list[str], list[Cropped]]:
+        # Hashed first: of a file that changes in between, the hash is of what the projection was not made of.
+        return [Sources(sources[key]).sha256 for key in keys], reader([files[key] for key in keys])
+
+    read, write, done = Prefetcher(load, foreseen), Writer(), projection_done(out, groups, settings)
+    group_of = {file.key: group for group in groups for file in group}
 
     def work(keys: list[str]) -> Failures:
-        cropped = dict(zip(keys, read(keys), strict=True))
+        digests, images = read(keys)
+        cropped, made_of = dict(zip(keys, images, strict=True)), dict(zip(keys, digests, strict=True))
         unreadable = {key: str(image) for key, image in cropped.items() if isinstance(image, SdaError)}
-        reasons = {key: reason for key in keys if (reason := _reason(key, unreadable, group_of))}
+        reasons = {key: reason for key in keys if (reason := _reason(key, unreadable, group_of[key]))}
         arrays = {key: a for key, a in cropped.items() if key not in reasons and not isinstance(a, SdaError)}
         if arrays:
-            images = to_unit(np.stack(list(arrays.values())), device)
+            batch = to_unit(np.stack(list(arrays.values())), device)
             seeds = [identity("align", files[key].name) for key in arrays]
-            projected = to_uint8(project(images, seeds=seeds), "round")
+            projected = to_uint8(project(batch, seeds=seeds), "round")
             write.flush()
             for key, array in zip(arrays, projected, strict=True):
                 if not done(key):
-                    write(array, out.path(key, settings.suffix(files[key])))
+                    write(array, out.path(key, settings.suffix(files[key])), made_of[key])
             record_smaller(out, batch_size, project.batch_size)
         if not foreseen or keys == foreseen[-1]:
             write.flush()
@@ -236,13 +248,29 @@ def _make_work(
     return work
 
 
-def _done(out: Output, settings: AlignSettings, files: dict[str, ImageFile], key: str) -> bool:
-    return out.done(key, settings.suffix(files[key]))
+def norm_groups(files: Sequence[ImageFile], settings: AlignSettings) -> list[list[ImageFile]]:
+    """The images by what each one's result depends on: itself, or with norm="batch" those of its group."""
+    size = settings.norm_group if settings.grouped else 1
+    parts = by_condition(files).values() if settings.grouped else [files]
+    return [list(part[i : i + size]) for part in parts for i in range(0, len(part), size)]
 
 
-def _reason(key: str, unreadable: dict[str, str], group_of: dict[str, list[str]]) -> str | None:
+def projection_done(
+    out: Output, groups: Sequence[Sequence[ImageFile]], settings: AlignSettings
+) -> Callable[[str], bool]:
+    """The test whether the projection of a key is there, whole, and of the inputs as they are now."""
+    suffixes = {file.key: settings.suffix(file) for group in groups for file in group}
+    return made_of_inputs(out, _sources(groups).__getitem__, suffixes.__getitem__)
+
+
+def _sources(groups: Sequence[Sequence[ImageFile]]) -> dict[str, list[Path]]:
+    """By key, the files that a projection is made of."""
+    return {file.key: [other.path for other in group] for group in groups for file in group}
+
+
+def _reason(key: str, unreadable: dict[str, str], group: Sequence[ImageFile]) -> str | None:
     """Why an image is left out: it cannot be read, or another of its group cannot, and they have one norm."""
     if key in unreadable:
         return unreadable[key]
-    others = [other for other in group_of.get(key, ()) if other in unreadable]
+    others = [file.key for file in group if file.key in unreadable]
     return f"{shown(key)} is of one norm group with {shown(others[0])}: {unreadable[others[0]]}" if others else None

@@ -5,7 +5,7 @@ has a seed of its own, and the result is stored as PNG. The manifest says so.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.failures import Failures, counting_what_is_done, report_listing, write_failures
 from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
 from sda_fast.stages.ranks import alone
+from sda_fast.stages.sources import Sources, made_of_inputs
 
 WATERMARK = "watermark"
 NOT_OFFICIAL = "made by sda-fast from other images: not the official files of ImageNet-C or ImageNet-W"
@@ -65,7 +66,8 @@ def corrupt_folder(
 
     "watermark" is a corruption too, has no severity and goes to `<output>/watermark/<path>.png`. An image depends on
     its path, its pixels, the corruption, the severity and the settings alone, so a later call with further corruptions
-    or severities adds to the folder. Resumes where an earlier run stopped. What cannot be read is left out and stands
+    or severities adds to the folder. Resumes where an earlier run stopped; of inputs that were changed since, all is
+    made anew. What cannot be read is left out and stands
     in `<output>/failures.json`; a later call tries it again.
 
     Raises SdaError for wrong folders, unknown corruptions, settings out of range and a missing library or font.
@@ -83,12 +85,14 @@ def corrupt_folder(
     variants = [name for name in dict.fromkeys(corruptions) if name == WATERMARK]
     variants += [f"{name}/{s}" for name in dict.fromkeys(corruptions) if name != WATERMARK for s in severities]
     groups = [[f"{variant}/{file.key}" for variant in variants] for file in files]
-    todo = plan(groups, out.done, len(variants))
-    with counting_what_is_done([key for group in groups for key in group], out.done):
+    by_key = {file.key: file for file in files}
+    done = _done(out, by_key)
+    todo = plan(groups, done, len(variants))
+    with counting_what_is_done([key for group in groups for key in group], done):
         failures = report_listing(listed) | run_batches(
             todo,
             _make_work,
-            (settings, out, {file.key: file for file in files}),
+            (settings, out, by_key),
             label="corrupting",
             total=len(files) * len(variants),
             workers=workers,
@@ -124,19 +128,25 @@ def _recorded(input: str | Path, settings: CorruptSettings) -> dict[str, Any]:
 
 def _make_work(settings: CorruptSettings, out: Output, files: dict[str, ImageFile]) -> Work:
     reader = make_reader("pillow", EvaluationCrop(settings.size, settings.resize), threads=1)
+    done = _done(out, files)
 
     def work(keys: list[str]) -> Failures:
         variants = [_split(key) for key in keys]
         file = files[variants[0][2]]
+        source = Sources([file.path]).sha256  # before reading: of a file that changes in between, it is another
         (image,) = reader([file])
         if isinstance(image, SdaError):
             return {file.name: str(image)}
         for key, (name, severity, _) in zip(keys, variants, strict=True):
-            if not out.done(key):
-                write_png(_corrupted(image, name, severity, key, settings), out.path(key))
+            if not done(key):
+                write_png(_corrupted(image, name, severity, key, settings), out.path(key), source)
         return {}
 
     return work
+
+
+def _done(out: Output, files: dict[str, ImageFile]) -> Callable[[str], bool]:
+    return made_of_inputs(out, lambda key: [files[_split(key)[2]].path])
 
 
 def _split(key: str) -> tuple[str, int, str]:

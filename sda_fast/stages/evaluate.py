@@ -1,8 +1,7 @@
 """Stage "evaluate": the accuracy of every method on a folder of labelled images and their projections."""
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,9 @@ from sda_fast.data import (
     EvaluationCrop,
     ImageFile,
     Prefetcher,
+    by_condition,
+    condition_of,
+    describe,
     find_images,
     identity,
     label_indices,
@@ -30,7 +32,7 @@ from sda_fast.engines.classifier import EngineClassifier
 from sda_fast.errors import SdaError
 from sda_fast.files import write_json
 from sda_fast.methods import METHODS, create, method_class
-from sda_fast.methods.base import Method
+from sda_fast.methods.base import Method, predictions
 from sda_fast.methods.ensembles import MODES
 from sda_fast.models import Classifier, load_classifier
 from sda_fast.numerics import plain_float32
@@ -39,9 +41,11 @@ from sda_fast.stages.manifest import file_sha256, made_with, open_output
 from sda_fast.stages.networks import load_networks, network_files
 from sda_fast.stages.progress import progress
 from sda_fast.stages.ranks import alone
+from sda_fast.stages.sources import Sources
 from sda_fast.statistics import make_row
 
 RESULTS = "results.json"
+Pairs = Mapping[str, Mapping[str, ImageFile]]  # by kind of projection and key
 
 
 def evaluate(
@@ -71,8 +75,9 @@ def evaluate(
     input: `[<corruption>/[<severity>/]]<class>/<file>`; a subset of classes may be present. projections: folder by
     kind ("dda", "diffpure"), mirroring `input`. methods: by default all whose needs are met, without those that take
     their time (`Method.on_request`). name: of the classifier in tables, by default its file's. Labels go by folder
-    name, pairs by relative path. Every corruption's result is kept as it is made, so an interrupted run goes on.
-    decoder: how images are read, see `sda_fast.data.readers`.
+    name, pairs by relative path. Every corruption's result is kept as it is made, so an interrupted run goes on; one
+    whose images or projections have changed since is made anew. decoder: how images are read, see
+    `sda_fast.data.readers`.
 
     networks: files of the diffusion models that methods ask for, by kind ("adm", "dit", "vae"); presets: what
     published ones are called, by kind. options: by method, what its class takes. Methods that learn from the images
@@ -118,8 +123,7 @@ def evaluate(
 
     given["finetuned"] = adapted and quick(adapted.to(device))
     created = create_methods(chosen, source, given, options, quick(source))
-    needed = {p for m in chosen if (p := method_class(m).projection)}
-    pairs = {kind: _pairs(files, folders[kind], kind, failures) for kind in sorted(needed)}
+    pairs = {kind: _pairs(files, folders[kind], kind, failures) for kind in projections_of(chosen)}
     crop = EvaluationCrop(source.input_size, source.resize if resize else source.input_size)
     reader = make_reader(decoder, crop, reading_threads(1))
 
@@ -145,13 +149,13 @@ def evaluate(
     name = name or Path(model).stem
     rows: list[dict[str, Any]] = []
     with progress(len(files), f"evaluating {name}", quiet) as reporter:
-        for group, members in _groups(files).items():
+        for group, members in by_condition(files).items():
             kept = _rows_file(out.folder, group)
-            names = [member.name for member in members]
-            if (earlier := _kept(kept, names)) is not None:
+            if (earlier := _kept(kept, members, pairs)) is not None:
                 rows += earlier
                 reporter.skip(len(members))
                 continue
+            content = sources_of(members, pairs.values()).sha256  # before they are read
             usable = [file for file in members if file.name not in failures]
             for method in created:
                 method.reset()
@@ -159,14 +163,15 @@ def evaluate(
                 created, usable, labels, pairs, reader, batch_size, device, reporter.advance
             )
             failures.update(unreadable)
-            corruption, severity = _describe(group, input)
+            corruption, severity = describe(group, input)
             group_rows = [
                 make_row(method.title, name, corruption, severity, correct)
                 for method, correct in zip(created, outcomes, strict=True)
                 if len(correct)
             ]
-            if not any(_group(failed) == group for failed in failures):
-                write_json({"images": names, "rows": group_rows}, kept)
+            if not any(condition_of(failed) == group for failed in failures):
+                names = [member.name for member in members]
+                write_json({"images": names, "content": content, "rows": group_rows}, kept)
             rows += group_rows
     write_json({"settings": settings, "rows": rows}, out.folder / RESULTS)
     write_failures(out.folder, failures)
@@ -174,23 +179,32 @@ def evaluate(
     return rows
 
 
-def images_kept(output: Path, files: Sequence[ImageFile]) -> int:
+def images_kept(output: Path, files: Sequence[ImageFile], pairs: Pairs) -> int:
     """For how many of the images an earlier run into `output` kept rows that a further one takes."""
-    groups = {group: [file.name for file in members] for group, members in _groups(files).items()}
-    return sum(len(names) for group, names in groups.items() if _kept(_rows_file(output, group), names) is not None)
+    groups = by_condition(files)
+    kept = (group for group, members in groups.items() if _kept(_rows_file(output, group), members, pairs) is not None)
+    return sum(len(groups[group]) for group in kept)
 
 
 def _rows_file(output: Path, group: str) -> Path:
     return output / "rows" / f"{group or 'all'}.json"
 
 
-def _kept(path: Path, names: list[str]) -> list[dict[str, Any]] | None:
-    """The rows an earlier run kept of these very images."""
+def _kept(path: Path, files: Sequence[ImageFile], pairs: Pairs) -> list[dict[str, Any]] | None:
+    """The rows an earlier run kept of these very images, as they are now."""
     try:
         kept = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    return kept["rows"] if isinstance(kept, dict) and kept["images"] == names else None
+    if not isinstance(kept, dict) or kept["images"] != [file.name for file in files]:
+        return None
+    return kept["rows"] if sources_of(files, pairs.values()).made(path, lambda: kept.get("content")) else None
+
+
+def sources_of(files: Sequence[ImageFile], projections: Iterable[Mapping[str, ImageFile]]) -> Sources:
+    """What rows of images are made of: they and, as far as there are some, their projections by key."""
+    projected = [by_key[file.key].path for by_key in projections for file in files if file.key in by_key]
+    return Sources([file.path for file in files] + projected, reading_threads(1))
 
 
 def _choose(
@@ -211,6 +225,11 @@ def _choose(
         if reason := lack(name):
             raise SdaError(f"method {name} needs {reason}")
     return list(dict.fromkeys(methods))
+
+
+def projections_of(methods: Sequence[str]) -> list[str]:
+    """The kinds of projections that methods need."""
+    return sorted({kind for name in methods if (kind := method_class(name).projection)})
 
 
 def _pairs(files: Sequence[ImageFile], folder: str | Path, kind: str, failures: Failures) -> dict[str, ImageFile]:
@@ -269,36 +288,11 @@ def create_methods(
     return [create(name, classifier(name), **{**taken(name), **options.get(name, {})}) for name in names]
 
 
-def _groups(files: Sequence[ImageFile]) -> dict[str, list[ImageFile]]:
-    """The images by the path above their class folder, "" for a plain folder of classes."""
-    groups: dict[str, list[ImageFile]] = defaultdict(list)
-    for file in files:
-        groups[_group(file.name)].append(file)
-    return dict(groups)
-
-
-def _group(name: str) -> str:
-    return "/".join(name.split("/")[:-2])
-
-
-def _describe(group: str, root: str | Path) -> tuple[str, int]:
-    """Corruption and severity (0: none given) of a group."""
-    *names, last = group.split("/")
-    if names and last.isdigit():
-        return "/".join(names), int(last)
-    return group or Path(root).resolve().name, 0
-
-
-def conditions(files: Sequence[ImageFile], root: str | Path) -> list[tuple[str, int]]:
-    """Corruption and severity (0: none given) of each group of images below `root`, as rows name them."""
-    return [_describe(group, root) for group in _groups(files)]
-
-
 def _outcomes(
     methods: Sequence[Method],
     files: Sequence[ImageFile],
     labels: Mapping[str, int],
-    pairs: Mapping[str, Mapping[str, ImageFile]],
+    pairs: Pairs,
     reader: Reader,
     batch_size: int,
     device: str,
@@ -327,7 +321,7 @@ def _outcomes(
             for method, results in zip(methods, correct, strict=True):
                 with plain_float32(torch.device(device)):
                     scores = method(x[""], x.get(method.projection) if method.projection else None, seeds)
-                results.append(scores.argmax(dim=1).cpu() == truth)
+                results.append(predictions(method, scores).cpu() == truth)
         advance(len(keys))
     return [torch.cat(results).numpy() if results else np.zeros(0, bool) for results in correct], failures
 

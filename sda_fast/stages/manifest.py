@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from sda_fast.data.images import JPEG_SUFFIXES
+from sda_fast.data.images import JPEG_SUFFIXES, SUFFIXES, shown
 from sda_fast.errors import SdaError
 from sda_fast.files import machine_id, temporary_name, write_json
 
@@ -77,6 +77,14 @@ class Output:
                 return file.read() == end
         except OSError:
             return False
+
+    def require_no_others(self, keys: Iterable[str], way_out: str) -> None:
+        """Raises SdaError if there are images in the folder that are not the PNGs of `keys`; it ends in `way_out`."""
+        found = {path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES}
+        if others := sorted(found - set(map(self.path, keys))):
+            count, first = f"{len(others)} image{'s' * (len(others) > 1)}", others[0].relative_to(self.folder)
+            held = f"{count} that these settings do not ask for, such as {shown(str(first))}"
+            raise SdaError(f"{self.folder} holds {held}: {way_out}")
 
     def record(self, **facts: Any) -> None:
         """Note how the run went on this machine, under "execution": what no setting asked for, such as a smaller batch.

@@ -14,7 +14,7 @@ from sda_fast.models import Classifier, load_classifier
 from sda_fast.stages.align import align, check_align
 from sda_fast.stages.batches import check_workers
 from sda_fast.stages.config import RunConfig
-from sda_fast.stages.evaluate import check_scoring, create_methods, evaluate
+from sda_fast.stages.evaluate import check_scoring, create_methods, evaluate, projections_of
 from sda_fast.stages.failures import read_failures
 from sda_fast.stages.finetune import MODEL, finetune
 from sda_fast.stages.networks import load_networks, network_files
@@ -90,7 +90,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
     raw, aligned = root / "synthetic" / "raw", root / "synthetic" / "aligned"
     adapted: dict[tuple[str, str], Path] = {}
     if adapts(config):
-        stages.append(Stage("synthesize", synthesize, {"output": raw, **synthesis(config)}))
+        stages.append(Stage("synthesize", synthesize, {"output": raw, "exactly": True, **synthesis(config)}))
         both = {"input": raw, "output": aligned}
         stages.append(Stage("align", align, {**both, "settings": config.align, **align_all}))
         for data in (aligned, raw) if config.evaluate.ablation else (aligned,):
@@ -141,8 +141,7 @@ def synthesis(config: RunConfig) -> dict[str, Any]:
 
 def _projected(config: RunConfig) -> dict[str, Path]:
     """The folder of each kind of projection that the methods need."""
-    kinds = {kind for name in config.evaluate.methods if (kind := method_class(name).projection)}
-    return {kind: Path(config.output) / "projected" / kind for kind in sorted(kinds)}
+    return {kind: Path(config.output) / "projected" / kind for kind in projections_of(config.evaluate.methods)}
 
 
 def _networks(config: RunConfig) -> dict[str, Any]:

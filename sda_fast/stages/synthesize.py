@@ -36,6 +36,10 @@ class SynthesizeSettings:
     seed: int = 0
 
 
+# The way out where images of an earlier run would be trained on beside those of this one.
+OTHERS = "give the number and the classes that it was made with, another output, or delete it"
+
+
 def synthesize(
     output: str | Path,
     dit: str | Path,
@@ -46,6 +50,7 @@ def synthesize(
     *,
     preset: str | None = None,
     vae: str | Path | None = None,
+    exactly: bool = False,
     device: str = "cpu",
     workers: int = 1,
     quiet: bool | None = None,
@@ -55,8 +60,9 @@ def synthesize(
     classes: names of the model's classes in order; files of this package know theirs. only: the classes to make,
     by default all. vae: diffusers' AutoencoderKL (folder or weights file), for a DiT of latents. An image depends on
     its class, its index and the settings alone, so a later call with a larger `per_class` or other classes adds to the
-    folder. Resumes where an earlier run stopped.
-    Raises SdaError for wrong weights, classes and settings.
+    folder. exactly: whether the folder may hold nothing else. Resumes where an earlier run stopped.
+
+    Raises SdaError for wrong weights, classes and settings, and for images that must not be there, before any is made.
     """
     settings = settings or SynthesizeSettings()
     # Wrong settings must fail before the folder is made.
@@ -65,6 +71,8 @@ def synthesize(
     out = open_output(output, "synthesize", synthesize_record(dit, vae, settings, names))
 
     keys = synthetic_keys(only or names, per_class)
+    if exactly:
+        out.require_no_others(keys, OTHERS)
     batch_size = execution_batch(
         out, settings.batch_size, lambda: make_sampler(load_dit(dit, preset).to(device), settings), workers
     )

@@ -77,6 +77,8 @@ def train(
                     optimizer.step()
                 reporter.advance(sum(map(len, parts)))
             losses.append(_mean_loss(total, len(files), epoch, others))
+            if not all(parameter.isfinite().all() for parameter in classifier.parameters()):
+                raise _diverged("weights that are no finite numbers", epoch)
             if others is None or others.first:
                 _save(out, classifier, optimizer, losses)
     classifier.eval()
@@ -169,11 +171,13 @@ def _mean_loss(total: Tensor, images: int, epoch: int, others: Ranks | None) -> 
     sums = [total.item()] if others is None else others.gather(total.item())
     loss = round(sum(sums) / images, 5)
     if not math.isfinite(loss):
-        raise SdaError(
-            f"the loss became {loss} in epoch {epoch + 1}: check the images and the source model, or give another "
-            "--recipe and another --output"
-        )
+        raise _diverged(f"a loss of {loss}", epoch)
     return loss
+
+
+def _diverged(what: str, epoch: int) -> SdaError:
+    way_out = "check the images and the source model, or give another --recipe and another --output"
+    return SdaError(f"training came to {what} in epoch {epoch + 1}: {way_out}")
 
 
 def _save(out: Output, module: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:

@@ -3,7 +3,8 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from sda_fast.data import (
     EvaluationCrop,
     ImageFile,
     Prefetcher,
+    by_condition,
+    describe,
     identity,
     label_indices,
     list_images,
@@ -24,12 +27,14 @@ from sda_fast.data import (
 )
 from sda_fast.errors import SdaError
 from sda_fast.files import write_json
-from sda_fast.methods.base import Method
+from sda_fast.methods import method_class
+from sda_fast.methods.base import Method, predictions
 from sda_fast.models import Classifier
 from sda_fast.numerics import plain_float32
 from sda_fast.stages.batches import Work, run_batches
-from sda_fast.stages.evaluate import _describe, _groups
+from sda_fast.stages.evaluate import sources_of
 from sda_fast.stages.manifest import open_output
+from sda_fast.stages.sources import Sources
 from sda_fast.statistics import Row, make_row
 from sda_fast.studies.config import StudyConfig
 from sda_fast.studies.contenders import Contender, Loader, images_at_once, recorded
@@ -44,13 +49,14 @@ Show = Callable[[list[str]], tuple[Tensor, Tensor | None]]  # keys to images and
 class Job:
     """A part of the work that is done in one piece: a contender, a stream (None: any) and the corruptions in it.
 
-    path: the file that keeps what came out.
+    path: the file that keeps what came out; content: by image, the SHA-256 of what is looked at.
     """
 
     contender: Contender
     stream: Stream | None
     groups: tuple[str, ...]
     path: Path
+    content: Mapping[str, str] = field(default_factory=dict)
 
 
 def score(
@@ -64,13 +70,18 @@ def score(
     """The rows of all contenders, under `<output>/<study>/`; those that learn from their stream under each of them.
 
     A row is that of `sda_fast.statistics` and says its stream ("any" if it holds for every one) and
-    `seconds_per_image`. What an earlier call kept is not computed again: of a per-image method image by image, of
-    others stream by stream. Raises SdaError for images that cannot be read, labels that are unknown, and results that
-    were made with other settings.
+    `seconds_per_image`. What an earlier call kept of images that have not changed since is not computed again: of a
+    per-image method image by image, of others stream by stream. Raises SdaError for images that cannot be read, labels
+    that are unknown, and results that were made with other settings.
     """
     groups = corrupted_groups(config)
     jobs = [job for c in contenders for job in _jobs(config, study, c, groups, projections, streams)]
-    left = {str(job.path): job for job in jobs if not _is_done(job, groups)}
+    sources = _sources(jobs, groups, projections)
+    left = {
+        str(job.path): replace(job, content={key: one.sha256 for key, one in of.items()})
+        for job, of in zip(jobs, sources, strict=True)
+        if not _is_done(job, of)
+    }
     by_cost = sorted(left.items(), key=lambda item: -item[1].contender.evaluations * _images(item[1], groups))
     run_batches(
         # A batch is a job's name, once for each of its images, which is what progress counts.
@@ -90,8 +101,8 @@ def corrupted_groups(config: StudyConfig) -> dict[str, list[ImageFile]]:
 
     Raises SdaError for a folder that is not in order.
     """
-    groups = _groups(list_images(config.target, "target"))
-    corrupted = {name: files for name, files in groups.items() if _describe(name, config.target)[1]}
+    groups = by_condition(list_images(config.target, "target"))
+    corrupted = {name: files for name, files in groups.items() if describe(name, config.target)[1]}
     return corrupted or groups
 
 
@@ -126,16 +137,44 @@ def _files(job: Job, groups: Groups) -> list[ImageFile]:
 def _kept(job: Job) -> dict[str, Any]:
     """What stands on disk of a job: whether each image, by key, was classified rightly, and the seconds it took."""
     try:
-        return json.loads(job.path.read_text(encoding="utf-8"))
+        return {"content": {}, **json.loads(job.path.read_text(encoding="utf-8"))}
     except FileNotFoundError:
-        return {"seconds": 0.0, "timed": 0, "right": {}}
+        return _nothing(job)
     except (OSError, ValueError) as error:
         raise SdaError(f"{job.path} cannot be read ({error}): delete it and give the same command again") from error
 
 
-def _is_done(job: Job, groups: Groups) -> bool:
-    kept, wanted = _kept(job)["right"].keys(), {file.key for file in _files(job, groups)}
-    return kept >= wanted if job.stream is None else kept == wanted
+def _nothing(job: Job) -> dict[str, Any]:
+    return {"content": job.content, "seconds": 0.0, "timed": 0, "right": {}}
+
+
+def _still_right(job: Job) -> dict[str, Any]:
+    """What stands on disk without the images that have changed since."""
+    kept = _kept(job)
+    then, now = kept["content"], {**kept["content"], **job.content}
+    right = {key: value for key, value in kept["right"].items() if then.get(key) == now.get(key)}
+    return {**kept, "content": now, "right": right}
+
+
+def _sources(jobs: Sequence[Job], groups: Groups, projections: Mapping[str, Path]) -> list[dict[str, Sources]]:
+    """What each job looks at, by image; jobs that look at the same share it, so that no file is read twice."""
+    found: dict[tuple[tuple[str, ...], str | None], dict[str, Sources]] = {}
+    folders = {kind: {file.key: file for file in list_images(folder)} for kind, folder in projections.items()}
+    of_jobs = []
+    for job in jobs:
+        kind = method_class(job.contender.method).projection
+        if (job.groups, kind) not in found:
+            projected = [folders[kind]] if kind else []
+            found[job.groups, kind] = {file.key: sources_of([file], projected) for file in _files(job, groups)}
+        of_jobs.append(found[job.groups, kind])
+    return of_jobs
+
+
+def _is_done(job: Job, sources: Mapping[str, Sources]) -> bool:
+    kept = _kept(job)
+    there, then = kept["right"].keys(), kept["content"]
+    complete = there >= sources.keys() if job.stream is None else there == sources.keys()
+    return complete and all(of.made(job.path, partial(then.get, key)) for key, of in sources.items())
 
 
 def _rows(job: Job, groups: Groups, root: str) -> list[Row]:
@@ -143,7 +182,7 @@ def _rows(job: Job, groups: Groups, root: str) -> list[Row]:
     stream = NO_STREAM if job.stream is None else job.stream.columns()
     rows = []
     for group in job.groups:
-        corruption, severity = _describe(group, root)
+        corruption, severity = describe(group, root)
         right = [kept["right"][file.key] for file in groups[group]]
         row = make_row(job.contender.label, job.contender.model, corruption, severity, right)
         rows.append({**row, **stream, "seconds_per_image": kept["seconds"] / kept["timed"]})
@@ -158,12 +197,12 @@ def _make_work(config: StudyConfig, projections: Mapping[str, Path], jobs: Mappi
         tta, source = loader.method(job.contender), loader.source(job.contender)
         files = _files(job, groups)
         if job.stream is None:
-            kept = _kept(job)
+            kept = _still_right(job)
             missing = [file for file in files if file.key not in kept["right"]]
             size = images_at_once(config, job.contender)
             parts = [[missing[i : i + size] for i in range(0, len(missing), size)]]
         else:
-            kept = {"seconds": 0.0, "timed": 0, "right": {}}
+            kept = _nothing(job)
             parts = segments(job.stream, {name: groups[name] for name in job.groups}, config.compare.seed)
         keys = [[[file.key for file in batch] for batch in part] for part in parts]
         folder = projections[tta.projection] if tta.projection else None
@@ -198,7 +237,7 @@ def _see(
             begun = clock()
             with plain_float32(torch.device(device)):
                 scores = tta(images, projected, [identity("evaluate", key) for key in batch])
-            predicted = scores.argmax(dim=1).tolist()
+            predicted = predictions(tta, scores).tolist()
             kept["seconds"] += clock() - begun
             kept["timed"] += len(batch)
             kept["right"].update({key: int(k == labels[key]) for key, k in zip(batch, predicted, strict=True)})

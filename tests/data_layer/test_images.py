@@ -14,6 +14,8 @@ from sda_fast.data import (
     pair,
     read_classes,
     read_image,
+    source_of,
+    write_jpeg,
     write_png,
 )
 from sda_fast.errors import SdaError
@@ -215,6 +217,17 @@ def test_writing_is_repeatable_and_leaves_nothing_else(tmp_path):
     assert path.read_bytes() == first
     assert os.listdir(path.parent) == [path.name]
     np.testing.assert_array_equal(read_image(path), ARRAY)
+
+
+@pytest.mark.parametrize(("write", "suffix"), [(write_png, ".png"), (write_jpeg, ".jpg")])
+def test_an_image_says_what_it_was_made_of(tmp_path, write, suffix):
+    plain, path = tmp_path / f"plain{suffix}", tmp_path / f"made{suffix}"
+    write(ARRAY, plain)
+    write(ARRAY, path, "0123456789abcdef" * 4)
+    assert (source_of(plain), source_of(path)) == (None, "0123456789abcdef" * 4)
+    np.testing.assert_array_equal(read_image(path), read_image(plain))
+    with pytest.raises(OSError):
+        source_of(tmp_path / "missing.png")
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -59,7 +59,7 @@ def test_patches_of_other_options_are_refused_where_no_others_may_be(tmp_path, p
     write_testbed(out, 2, TWO, exactly=True)  # what is there is a part of it
     written = pictures(out)
     for options in ((1, TWO), (2, TWO[1:]), (3, TWO[:1])):
-        with pytest.raises(SdaError, match=r"out holds \d patches that these options do not ask for, such as \w+/"):
+        with pytest.raises(SdaError, match=r"out holds \d images? that these settings do not ask for, such as \w+/"):
             write_testbed(out, *options, exactly=True)
     assert pictures(out) == written
     write_testbed(out, 1, TWO)

@@ -152,6 +152,7 @@ def test_modes(tree, mode, sure):
         ("fog/{}", ("fog", 0)),
         ("fog/5/{}", ("fog", 5)),
         ("weather/fog/5/{}", ("weather/fog", 5)),
+        ("fog/7/{}", ("fog/7", 0)),
     ],
 )
 def test_corruption_and_severity_are_read_from_the_path(tree, layout, expected):
@@ -160,6 +161,22 @@ def test_corruption_and_severity_are_read_from_the_path(tree, layout, expected):
     write_png(picture(0, 0), tree / "set" / folder / "1.png")
     (row,) = evaluate(tree / "set", tree / "out", tree / "source.bin")
     assert (row["corruption"], row["severity"], row["outcomes"]) == (*expected, "1")
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_no_answer(tree, monkeypatch, wrong):
+    """argmax would make the first class of them."""
+
+    class Broken(Reader):
+        def forward(self, x):
+            scores = super().forward(x)
+            scores[-1, 2] = wrong
+            return scores
+
+    monkeypatch.setattr(stage, "load_classifier", lambda path: Broken(0))
+    with pytest.raises(SdaError, match=r"Source gives scores that are no finite numbers: check the classifier's weigh"):
+        score(tree, methods=["source"])
+    assert not list((tree / "out").rglob("rows/*.json"))
 
 
 def test_pairs_go_by_path_whatever_the_suffix(tree):

@@ -229,8 +229,16 @@ def test_images_smaller_than_the_model_are_refused(tmp_path, tiny, write_images)
 
 
 def test_a_loss_that_explodes_is_reported(tmp_path, images, tiny):
-    with pytest.raises(SdaError, match=r"the loss became (nan|inf) in epoch \d: check the images and the source model"):
+    with pytest.raises(SdaError, match=r"training came to a loss of (nan|inf) in epoch \d: check the images and the"):
         finetune(images, tmp_path / "out", tiny.resnet, replace(QUICK, lr=1e30, warmup_epochs=0, clip_norm=None))
+
+
+def test_weights_that_explode_in_the_last_step_are_not_kept(tmp_path, images, tiny):
+    """The loss of an epoch is from before its last step, so it alone would not tell."""
+    recipe = Recipe("sgd", 3e38, 1e3, 64, 1, "step")
+    with pytest.raises(SdaError, match="training came to weights that are no finite numbers in epoch 1: check the"):
+        finetune(images, tmp_path / "out", tiny.resnet, recipe)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_negative_seed_is_refused(tmp_path, images, tiny):

@@ -168,6 +168,20 @@ def test_an_interrupted_run_goes_on(tmp_path, config, run, pictures, monkeypatch
     assert set(after) - set(before) == {"bars.png", "grid.png"}
 
 
+def test_synthetic_images_that_the_settings_do_not_ask_for_are_refused(tmp_path, config, run, pictures):
+    """Fine-tuning takes what is in the folder: it would not be what the settings say."""
+    said = run(config)
+    assert said.code == 0, said.err
+    made = pictures(tmp_path / "out")
+    fewer = config.replace("per_class = 2", "per_class = 1")
+    for options in ([], ["--dry-run"]):
+        said = run(fewer, *options)
+        assert said.code == 2
+        message = "raw holds 3 images that these settings do not ask for, such as ant/00001.png: give"
+        assert message in said.err.splitlines()[-1]
+    assert pictures(tmp_path / "out") == made
+
+
 def test_methods_that_need_no_adaptation_synthesize_nothing(tmp_path, config, run):
     config = config.replace("ablation = true", 'methods = ["dda", "source"]')
     said = run(config, "--json")

@@ -70,10 +70,10 @@ def test_another_batch_size_moves_last_bits_only(tmp_path, tiny, pictures, whole
 def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path, tiny, pictures, whole, monkeypatch, written):
     left = iter(range(written))
 
-    def write(array, path):
+    def write(array, path, source):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        sda_fast.data.write_png(array, path)
+        sda_fast.data.write_png(array, path, source)
 
     with monkeypatch.context() as patch:
         patch.setattr("sda_fast.data.writer.write_png", write)

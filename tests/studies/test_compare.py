@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sda_fast.data import read_image
 from sda_fast.errors import SdaError
 from sda_fast.methods import METHODS
 from sda_fast.report.approximations import JACOBIAN_FREE
@@ -172,6 +173,28 @@ def test_further_images_leave_what_is_known_of_the_others(tmp_path, study, call,
     assert outcomes(rows) == {cell: row["outcomes"] for cell, row in after.items()}
 
 
+@pytest.mark.parametrize("folder", ["target", "out/projected/dda"])
+def test_a_changed_image_is_seen_again(tmp_path, study, call, folder):
+    """A method that takes images one by one sees that one again, one that learns from its stream the whole stream."""
+    study = study.replace("[compare]\n", '[compare]\nbatch_sizes = [4]\nresets = ["continual"]\n')
+    options = (*QUICK, "--method", "dda")
+    call("compare", study, *options)
+    rows = tmp_path / "out/compare/resnet"
+    before = {path: path.stat().st_mtime_ns for path in rows.rglob("*.json")}
+    path = tmp_path / folder / "fog/3/ant/1.png"
+    Image.fromarray(255 - read_image(path)).save(path)
+    again = call("compare", study, *options)
+    written = {path.relative_to(rows).as_posix() for path, time in before.items() if path.stat().st_mtime_ns != time}
+    fog = {f"{method}/any/fog/3.json" for method in ("source", "memo", "dda")}
+    assert {name for name in written if "/any/" in name} == (fog if folder == "target" else {"dda/any/fog/3.json"})
+    assert {json.loads((rows / name).read_text())["timed"] for name in written if "/any/" in name} == {5}
+    streams = {name for name in written if name.startswith("tent/") and not name.endswith("snow/3.json")}
+    assert streams == written - fog
+    assert bool(streams) == (folder == "target")
+    if folder == "target":
+        assert outcomes(again) == outcomes(call("compare", study, *options, "--output", tmp_path / "fresh"))
+
+
 def test_other_settings_are_refused(tmp_path, study, call):
     call("compare", study, "--method", "source", "--method", "memo")
     message = call("compare", study.replace("memo = { views = 2 }", "memo = { views = 3 }"), "--method", "memo", code=2)
@@ -304,7 +327,7 @@ def test_the_testbed_of_other_patches_is_refused_before_any_is_written(cli, tmp_
     said = cli("compare", *options, "--corruption", "snow")
     assert said.code == 2
     # The second patch of each class, and the first one under fog.
-    assert "holds 42 patches that these options do not ask for, such as clean/astronaut/001.png: give the" in said.err
+    assert "holds 42 images that these settings do not ask for, such as clean/astronaut/001.png: give the" in said.err
     assert pictures(tmp_path / "target") == written
 
 
