@@ -1,5 +1,6 @@
 """How a set of images becomes fixed-size batches, and where each image's noise comes from."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ def _as_tensor(identities: Sequence[int] | Tensor) -> Tensor:
 
 
 def check_images(images: Tensor, channels: int, size: int) -> Tensor:
-    """Images as contiguous float32, or SdaError if they are not [N, channels, size, size] of finite values.
+    """Images as contiguous float32, or SdaError if they are not [N, channels, size, size] in [-1, 1], to a hundredth.
 
     Contiguous, because convolutions round differently in another memory format.
     """
@@ -97,6 +98,9 @@ def check_images(images: Tensor, channels: int, size: int) -> Tensor:
         raise SdaError(f"images must be [N, {channels}, {size}, {size}] in [-1, 1], not {shape}; crop or resize them")
     if not images.is_floating_point():
         raise SdaError(f"images must be floating point in [-1, 1], not {images.dtype}; use x / 127.5 - 1")
-    if not bool(images.isfinite().all()):
+    peak = images.abs().max().item() if len(images) else 0.0
+    if not math.isfinite(peak):
         raise SdaError("images hold NaN or infinity; check what made them")
+    if peak > 1.01:
+        raise SdaError(f"images reach {peak:.4g} and must be in [-1, 1]; scale (uint8: x / 127.5 - 1) or clamp them")
     return images.float().contiguous()

@@ -7,12 +7,14 @@ A row is a JSON-able dict, one per (method, model, corruption, severity):
     images, correct             counts
     accuracy, low, high         fractions in [0, 1]; low and high bound the 95 % Wilson interval
     outcomes                    one character per image, "1" right or "0" wrong, by sorted relative path
+    image_set                   a hash of these paths below the corruption; older rows lack it
 
-All rows of one test set list the same images in the same order, whichever the method or the corruption.
-That is what makes the tests paired, and what lets an interval over several corruptions respect that
-one image wrong under one corruption tends to be wrong under the next.
+Rows of one test set list the same images in the same order, whichever the method or the corruption, unless some
+could not be read. That is what makes the tests paired, and what lets an interval over several corruptions respect
+that one image wrong under one corruption tends to be wrong under the next.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -53,9 +55,12 @@ class PairedTest:
     p: float
 
 
-def make_row(method: str, model: str, corruption: str, severity: int, correct: ArrayLike) -> Row:
+def make_row(
+    method: str, model: str, corruption: str, severity: int, correct: ArrayLike, names: Sequence[str] | None = None
+) -> Row:
     """The row of one evaluation. `correct`: one boolean per image [N], N >= 1, by sorted relative path.
 
+    names: what the images are called under every corruption alike.
     Raises ValueError for anything but a non-empty vector of booleans (or of zeros and ones).
     """
     values = np.asarray(correct)
@@ -76,7 +81,14 @@ def make_row(method: str, model: str, corruption: str, severity: int, correct: A
         "low": low,
         "high": high,
         "outcomes": "".join("1" if value else "0" for value in values),
+        **({} if names is None else {"image_set": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]}),
     }
+
+
+def same_images(rows: Sequence[Row]) -> bool:
+    """Whether rows have outcomes of the same images, as far as they say which those are."""
+    said = {row["image_set"] for row in rows if "image_set" in row}
+    return len({len(row.get("outcomes") or "") for row in rows}) == 1 and len(said) <= 1
 
 
 def wilson_interval(correct: float, total: float, confidence: float = 0.95) -> tuple[float, float]:
@@ -101,12 +113,12 @@ def wilson_interval(correct: float, total: float, confidence: float = 0.95) -> t
 def mean_interval(rows: Sequence[Row], confidence: float = 0.95) -> MeanAccuracy:
     """Mean accuracy over the corruptions in `rows` (one method, one model), all with equal weight.
 
-    The variance of that mean is taken over images where all rows hold outcomes of equally many images: the
-    images are then the same ones under every corruption, and each image's mean over corruptions is one
-    independent observation. Otherwise corruptions count as independent strata: sum p(1-p)/n / K^2. Either
-    variance v is turned into an effective number of images p(1-p)/v, corrected for the degrees of freedom
-    behind v, and put into Wilson's interval, so that the bounds stay inside [0, 1] (the construction of Korn
-    and Graubard 1998, with the score interval in place of the exact one). Raises ValueError without rows.
+    The variance of that mean is taken over images where all rows hold outcomes of the same images: each image's
+    mean over corruptions is then one independent observation. Otherwise corruptions count as independent strata:
+    sum p(1-p)/n / K^2. Either variance v is turned into an effective number of images p(1-p)/v, corrected for the
+    degrees of freedom behind v, and put into Wilson's interval, so that the bounds stay inside [0, 1] (the
+    construction of Korn and Graubard 1998, with the score interval in place of the exact one). Raises ValueError
+    without rows.
     """
     if not rows:
         raise ValueError("a mean over corruptions needs at least one row")
@@ -116,7 +128,7 @@ def mean_interval(rows: Sequence[Row], confidence: float = 0.95) -> MeanAccuracy
     mean = sum(row["accuracy"] for row in rows) / len(rows)
     fewest = min(row["images"] for row in rows)
     total = sum(row["images"] for row in rows)
-    clustered = all(len(row.get("outcomes") or "") == total / len(rows) for row in rows)
+    clustered = bool(rows[0].get("outcomes")) and same_images(rows)
     if clustered:
         per_image = np.mean([outcome_array(row["outcomes"]) for row in rows], axis=0)
         variance = float(np.var(per_image, ddof=1)) / fewest if fewest > 1 else 0.0
@@ -166,7 +178,12 @@ def paired_over_corruptions(rows_a: Sequence[Row], rows_b: Sequence[Row], confid
     outcomes of one image under many corruptions are not independent), and Student's t over the images gives
     the interval and the two-sided p. A single corruption is `mcnemar`. Where all images have one and the same
     non-zero difference the interval has no width and p is that of the sign-flip test, 2^(1 - images).
-    b and c are totals over all corruptions. Raises ValueError if the rows do not match or differ in images.
+
+    Where the images are not the same under every corruption, because some could not be read, corruptions count
+    as independent strata: the mean of their differences, by the normal distribution, "z over strata"; `images` are
+    then all outcomes. b and c are totals over all corruptions.
+
+    Raises ValueError if the rows do not match, or two of a corruption differ in images.
     """
     first, second = _by_condition(rows_a), _by_condition(rows_b)
     if not first or first.keys() != second.keys():
@@ -175,14 +192,17 @@ def paired_over_corruptions(rows_a: Sequence[Row], rows_b: Sequence[Row], confid
     if len(first) == 1:
         ((key, row),) = first.items()
         return mcnemar(row["outcomes"], second[key]["outcomes"], confidence)
-    lengths = {len(row["outcomes"]) for row in (*first.values(), *second.values())}
-    if len(lengths) != 1:
-        raise ValueError(f"pooling needs the same images under every corruption, not {sorted(lengths)} of them")
-    a = np.stack([outcome_array(first[key]["outcomes"]) for key in first])
-    b = np.stack([outcome_array(second[key]["outcomes"]) for key in first])
-    difference, low, high, p = _clustered_t(a.astype(float) - b, confidence)
-    only_a, only_b = int(np.sum(a & ~b)), int(np.sum(~a & b))
-    return PairedTest("t over images", a.shape[1], len(first), only_a, only_b, difference, low, high, p)
+    if odd := [key for key in first if not same_images([first[key], second[key]])]:
+        raise ValueError(f"a paired test needs the same images, which they are not under {odd[0]}")
+    a = [outcome_array(first[key]["outcomes"]) for key in first]
+    b = [outcome_array(second[key]["outcomes"]) for key in first]
+    differences = [one.astype(float) - other for one, other in zip(a, b, strict=True)]
+    only_a, only_b = (int(sum(np.sum(x == sign) for x in differences)) for sign in (1, -1))
+    if same_images([*first.values(), *second.values()]):
+        found, name, images = _clustered_t(np.stack(differences), confidence), "t over images", len(a[0])
+    else:
+        found, name, images = _stratified_z(differences, confidence), "z over strata", sum(map(len, a))
+    return PairedTest(name, images, len(first), only_a, only_b, *found)
 
 
 def outcome_array(outcomes: str) -> NDArray[np.bool_]:
@@ -214,6 +234,19 @@ def _clustered_t(differences: NDArray[np.float64], confidence: float) -> tuple[f
     test = stats.ttest_1samp(per_image, 0.0)
     low, high = test.confidence_interval(confidence)
     return mean, max(-1.0, float(low)), min(1.0, float(high)), float(test.pvalue)
+
+
+def _stratified_z(differences: Sequence[NDArray[np.float64]], confidence: float) -> tuple[float, float, float, float]:
+    """Mean over corruptions, interval and two-sided p of differences, one array [images] for each corruption."""
+    mean = float(np.mean([x.mean() for x in differences]))
+    # The variance of a corruption of one image is not known: then none is claimed to be.
+    variances = [float(np.var(x, ddof=1)) / len(x) if len(x) > 1 else math.inf for x in differences]
+    error = math.sqrt(sum(variances)) / len(differences)
+    if error < 1e-12:
+        return mean, mean, mean, 2.0 ** (1 - sum(map(len, differences))) if abs(mean) > 1e-12 else 1.0
+    half = _normal_quantile(confidence) * error
+    p = 2 * NormalDist().cdf(-abs(mean) / error)
+    return mean, max(-1.0, mean - half), min(1.0, mean + half), p
 
 
 def _newcombe_interval(a: int, b: int, c: int, d: int, confidence: float) -> tuple[float, float]:

@@ -224,6 +224,11 @@ def test_class_conditional_models_are_refused(tiny, project):
         (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), r"floating point in \[-1, 1\], not torch.uint8"),
         (torch.full((1, 3, 16, 16), torch.nan), "NaN or infinity"),
         (torch.full((1, 3, 16, 16), torch.inf), "NaN or infinity"),
+        (
+            torch.full((1, 3, 16, 16), -255.0),
+            r"images reach 255 and must be in \[-1, 1\]; scale \(uint8: x / 127.5 - 1",
+        ),
+        (torch.full((1, 3, 16, 16), 1.02), r"images reach 1.02 and must be in \[-1, 1\]"),
     ],
 )
 def test_images_that_do_not_fit(adm, images, problem):

@@ -22,20 +22,24 @@ def checkpoints(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write into.")] = None,
     architecture: Annotated[str | None, typer.Option(help="timm's name of it [recognised: the paper's five].")] = None,
     classes: Annotated[Path | None, typer.Option(help="Class names, one per line [ImageNet's].")] = None,
+    mean: Annotated[str | None, typer.Option(help="Of its images' channels, as 0.5,0.5,0.5 [timm's].")] = None,
+    std: Annotated[str | None, typer.Option(help="The same: their standard deviation [timm's].")] = None,
     as_json: Json = False,
 ) -> None:
     """List the checkpoints that are known, fetch one, or convert a classifier into a file of this package."""
     if fetch is not None and convert is not None:
         raise SdaError("--fetch and --convert are two commands: give one of them")
-    if (architecture or classes) and convert is None:
-        raise SdaError("--architecture and --classes describe the file of --convert: give it")
+    if (architecture or classes or mean or std) and convert is None:
+        raise SdaError("--architecture, --classes, --mean and --std describe the file of --convert: give it")
     if fetch is None and convert is None:
         _list(as_json)
         return
     if output is None:
         raise SdaError("--output is missing: give the folder to write into")
     if convert is not None:
-        path = _convert(convert, output, convert.stem, architecture, classes)
+        path = _convert(
+            convert, output, convert.stem, architecture, classes, _three("--mean", mean), _three("--std", std)
+        )
     elif fetch is not None and fetch.startswith("timm:"):
         path = _convert(fetch, output, fetch.removeprefix("timm:"))
     else:
@@ -51,14 +55,32 @@ def _fetch(name: str, folder: Path) -> Path:
 
 
 def _convert(
-    source: str | Path, folder: Path, name: str, architecture: str | None = None, classes: Path | None = None
+    source: str | Path,
+    folder: Path,
+    name: str,
+    architecture: str | None = None,
+    classes: Path | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
 ) -> Path:
     from sda_fast.data import read_classes
     from sda_fast.models import load_classifier, save_checkpoint
 
-    classifier = load_classifier(source, architecture, read_classes(classes) if classes else None)
+    classifier = load_classifier(source, architecture, read_classes(classes) if classes else None, mean, std)
     metadata = {"kind": "classifier", "config": classifier.config}
     return save_checkpoint(folder / f"{name}.safetensors", classifier, metadata)
+
+
+def _three(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 3:
+        raise SdaError(f"{option} {text!r} is not three numbers with commas between them, such as 0.5,0.5,0.5")
+    return numbers
 
 
 def _list(as_json: bool) -> None:

@@ -5,7 +5,7 @@ passage to the float tensors in [-1, 1] that the models see.
 """
 
 from sda_fast.data.classes import imagenet_classes, label_indices, read_classes
-from sda_fast.data.conditions import by_condition, condition_of, describe
+from sda_fast.data.conditions import below_condition, by_condition, condition_of, describe
 from sda_fast.data.corruptions import CORRUPTIONS, corrupt
 from sda_fast.data.crops import DiffusionCrop, EvaluationCrop, center_crop, resize_short_side
 from sda_fast.data.images import (
@@ -35,6 +35,7 @@ __all__ = [
     "ImageFile",
     "Prefetcher",
     "Writer",
+    "below_condition",
     "by_condition",
     "center_crop",
     "condition_of",

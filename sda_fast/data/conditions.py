@@ -22,6 +22,11 @@ def condition_of(name: str) -> str:
     return "/".join(name.split("/")[:-2])
 
 
+def below_condition(file: ImageFile) -> str:
+    """Class and name of an image without its suffix: the same under every condition."""
+    return "/".join(file.key.split("/")[-2:])
+
+
 def describe(condition: str, root: str | Path) -> tuple[str, int]:
     """Corruption and severity (1 to 5; 0: none given) of a condition below `root`.
 

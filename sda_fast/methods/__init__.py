@@ -9,6 +9,7 @@ evaluate`, the tables and the report. What a method asks for and promises stands
     ensemble    whether it combines two predictions and so takes `mode`
     needs       the diffusion models that its constructor takes beside the classifier: "adm", "dit"
     on_request  whether it is left out where no methods are named, as it takes its time
+    revision    a number that rises when its results change with this package, 1 at first
     per_image   whether an image's result depends on that image alone, not on the stream it stands in
 
 `tta(images, projected=None, seeds=None)` gives probabilities [N, K] of images [N, 3, H, W] in [-1, 1]; `tta.reset()`
@@ -17,12 +18,14 @@ writes `scores` (dda.py is an example), one that changes weights writes `adapt` 
 when a method is asked for.
 """
 
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from inspect import signature
 from typing import Any
 
 from sda_fast.errors import SdaError
 from sda_fast.methods.base import Cost, Method
+from sda_fast.values import checked
 
 METHODS = {
     "source": "sda_fast.methods.source:Source",
@@ -58,4 +61,22 @@ def create(name: str, model: Any, **options: Any) -> Method:
     return kind(model, **options)
 
 
-__all__ = ["METHODS", "Cost", "Method", "create", "method_class"]
+def create_from(name: str, model: Any, given: Mapping[str, Any], options: Mapping[str, Any]) -> Method:
+    """A method with as much of what is given as its class takes, and with options from a file or the command line.
+
+    Raises SdaError as `create` does, and for options of another type.
+    """
+    parameters = signature(method_class(name)).parameters
+    taken = {key: value for key, value in given.items() if key in parameters}
+    for key, value in options.items():
+        known = key in parameters
+        taken[key] = checked(key, value, parameters[key].annotation, f"method {name}") if known else value
+    return create(name, model, **taken)
+
+
+def revisions(names: Sequence[str]) -> dict[str, int]:
+    """Of the methods whose results have changed with this package."""
+    return {name: revision for name in names if (revision := method_class(name).revision) > 1}
+
+
+__all__ = ["METHODS", "Cost", "Method", "create", "create_from", "method_class", "revisions"]

@@ -1,7 +1,9 @@
 """What the methods that change the classifier share: a copy to change, the way back, and what is random."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
@@ -18,6 +20,19 @@ if TYPE_CHECKING:
 # From the parameters that are adapted to their optimiser, e.g. partial(torch.optim.SGD, lr=1e-3).
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def optimizer_for(
+    published: Callable[..., torch.optim.Optimizer], given: MakeOptimizer | None, lr: float | None
+) -> MakeOptimizer:
+    """What is given, or else what is published, at the rate `lr` where that is not None. Raises SdaError for both."""
+    if lr is None:
+        return given or published
+    if given is not None:
+        raise SdaError("lr is that of the published optimizer: give your own its rate, or leave one of them out")
+    if not 0 < lr < math.inf:
+        raise SdaError(f"lr={lr} is out of range: give more than 0")
+    return partial(published, lr=lr)
 
 
 class Adapting(Method):

@@ -3,7 +3,6 @@
 All of a view's random numbers are drawn first; what they ask for is then done in threads, which change no bits.
 """
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sda_fast.data import to_uint8
+from sda_fast.methods.views import Size, random_box
 
 WIDTH, DEPTH = 3, 3  # chains, and the most operations in one
 # What MEMO's and AugMix's calls of Pillow paint where a moved picture has no pixels: they ask for grey 128 in a way
@@ -25,7 +25,6 @@ MOST_THREADS = 8  # a quarter of the time is spent under Python's lock
 
 Colour = tuple[int, int, int]
 Edit = Callable[[Image.Image], Image.Image]
-Size = tuple[int, int]  # width, height
 Operation = Callable[[np.random.Generator, Size, Colour], Edit]
 
 
@@ -61,31 +60,20 @@ def augmix_views(
     return _in_threads(image.device, view, [draw() for _ in range(views)])
 
 
-def augmix_parts(image: Tensor, views: int, rng: np.random.Generator, fill: Colour = DARK_RED) -> tuple[Tensor, Tensor]:
-    """(m [views, 1, 1, 1], mixtures [views, 3, H, W]) of an image [3, H, W], uncropped: the views are
-    m x + (1 - m) mixture, of which a caller can differentiate the first part."""
-    picture = _picture(image)
-    drawn = [draw_mixing(rng, picture.size, fill) for _ in range(views)]
+def augmix_parts(views: Tensor, rng: np.random.Generator, fill: Colour = DARK_RED) -> tuple[Tensor, Tensor]:
+    """(m [N, 1, 1, 1], mixtures [N, 3, H, W]) of views [N, 3, H, W] in [-1, 1]: AugMix is m view + (1 - m) mixture.
+
+    Its first part a caller can differentiate, the mixtures hold no gradient.
+    """
+    pictures = [_picture(view) for view in views]
+    drawn = [draw_mixing(rng, picture.size, fill) for picture in pictures]
     m = torch.tensor([mixing.m for mixing in drawn]).reshape(-1, 1, 1, 1)
-    return m, _in_threads(image.device, partial(_mixture, picture), [(mixing,) for mixing in drawn])
+    return m, _in_threads(views.device, _mixture, list(zip(pictures, drawn, strict=True)))
 
 
 def random_resized_crop(rng: np.random.Generator, size: Size, side: int) -> Edit:
-    """What crops a picture of this size to 8 to 100 % of its area at a ratio of 3/4 to 4/3, and scales that to a square
-    (Szegedy et al. 2015). Where ten draws do not fit, the largest centred crop whose ratio does.
-    """
-    width, height = size
-    for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1.0)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            break
-    else:
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-        left, top = (width - w) // 2, (height - h) // 2
-    box = (left, top, left + w, top + h)
+    """What crops a picture of this size to a `random_box` and scales that to a square."""
+    box = random_box(rng, size)
     return lambda picture: picture.crop(box).resize((side, side), Image.Resampling.BILINEAR)
 
 

@@ -38,6 +38,7 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ()
     on_request: ClassVar[bool] = False
     differentiates: ClassVar[bool] = False  # goes back through the classifier, which must be the module itself
+    revision: ClassVar[int] = 1  # rises with a change of its results, so that a folder does not mix them
     per_image: bool = True
 
     def __init__(self, model: nn.Module, projector: "Projection | None" = None):

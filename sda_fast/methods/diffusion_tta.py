@@ -15,6 +15,7 @@ from sda_fast.methods.adaptation import (
     MakeOptimizer,
     batch_norms,
     generator,
+    optimizer_for,
     parameters_of,
     resized,
     restore,
@@ -38,9 +39,10 @@ class DiffusionTTA(Adapting):
     updates, pairs: optimiser steps, and (timestep, noise) pairs that each averages, `batch_size` of them at a time
     (published: 5 of 180, as 20 x 9 or 15 x 12). optimizer: by default as published, SGD 5e-3 with momentum 0.9 for
     networks with batch normalisation (published: ResNet-18, and ViT-B/32) and AdamW 1e-5 without decay for the others
-    (ConvNeXt); one for both networks. adapt_diffusion: False leaves the DiT as it is. online: keep weights and
-    optimiser from image to image; a result then depends on the images before it, until `reset()`. All parameters are
-    adapted but the class embeddings, as the paper says; the published code leaves out more (docs/methods.md).
+    (ConvNeXt); one for both networks; lr: in place of its rate. adapt_diffusion: False leaves the DiT as it is. online:
+    keep weights and optimiser from image to image; a result then depends on the images before it, until `reset()`. All
+    parameters are adapted but the class embeddings, as the paper says; the published code leaves out more
+    (docs/methods.md).
 
     Timesteps and noise depend on `seed`, the image's identity and the update. Raises SdaError for settings out of
     range, and for models that do not go together.
@@ -60,6 +62,7 @@ class DiffusionTTA(Adapting):
         pairs: int = 180,
         batch_size: int = 20,
         optimizer: MakeOptimizer | None = None,
+        lr: float | None = None,
         adapt_diffusion: bool = True,
         online: bool = False,
         seed: int = 0,
@@ -83,7 +86,7 @@ class DiffusionTTA(Adapting):
             parts = self.adapted_dit
             adapted += [parts.x_embedder, parts.t_embedder, parts.blocks, parts.final_layer]
         self._parameters = parameters_of(adapted, "Diffusion-TTA")
-        self._make_optimizer = optimizer or published_optimizer(self.adapted)
+        self._make_optimizer = optimizer_for(published_optimizer(self.adapted), optimizer, lr)
         self.optimizer = self._make_optimizer(self._parameters)
 
     def reset(self) -> None:

@@ -14,6 +14,7 @@ from sda_fast.methods.adaptation import (
     batch_norms,
     generator,
     has_one_value,
+    optimizer_for,
     parameters_of,
     restore,
 )
@@ -28,7 +29,8 @@ class MEMO(Adapting):
     """All parameters take one step on `views` AugMix views, then predict the image itself, then are restored.
 
     optimizer: by default as published, SGD 2.5e-4 without momentum for networks with batch normalisation (published:
-    ResNet-50) and AdamW 1e-5, weight decay 0.01, for the others (and, published, ResNeXt). steps: on the same views.
+    ResNet-50) and AdamW 1e-5, weight decay 0.01, for the others (and, published, ResNeXt); lr: in place of its rate.
+    steps: on the same views.
     prior: batch normalisations use prior / (prior + 1) of the source's statistics and the rest of the current ones,
     of the views and then of the one image; None uses the source's alone. fill: what moved views show beyond their
     edge, see `augmix.DARK_RED`. Random numbers depend on `seed` and the image's identity.
@@ -48,6 +50,7 @@ class MEMO(Adapting):
         projector: "Projection | None" = None,
         views: int = 64,
         optimizer: MakeOptimizer | None = None,
+        lr: float | None = None,
         steps: int = 1,
         prior: float | None = 16.0,
         fill: Colour = DARK_RED,
@@ -62,7 +65,7 @@ class MEMO(Adapting):
         self.views, self.steps, self.fill, self.seed = views, steps, fill, seed
         self.per_image = not leak_optimizer_state
         self._parameters = parameters_of([self.adapted], "MEMO")
-        self._make_optimizer = optimizer or published_optimizer(self.adapted)
+        self._make_optimizer = optimizer_for(published_optimizer(self.adapted), optimizer, lr)
         self.optimizer = self._make_optimizer(self._parameters)
         if prior is not None:
             use_prior(self.adapted, prior)

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from sda_fast.errors import SdaError
-from sda_fast.methods.adaptation import Adapting, MakeOptimizer, batch_norms, has_one_value, parameters_of, restore
+from sda_fast.methods.adaptation import (
+    Adapting,
+    MakeOptimizer,
+    batch_norms,
+    has_one_value,
+    optimizer_for,
+    parameters_of,
+    restore,
+)
 from sda_fast.methods.base import Cost
 
 if TYPE_CHECKING:
@@ -28,7 +36,8 @@ class Tent(Adapting):
     defaults (SGD 2.5e-4, momentum 0.9, Nesterov; batches of 64), as the authors publish CIFAR-10-C only (Adam 1e-3,
     batches of 200). The network is in eval mode otherwise, so that nothing is dropped at random.
 
-    optimizer: from the parameters to theirs. steps: on each batch. Raises SdaError for a network without such layers.
+    optimizer: from the parameters to theirs; lr: in place of the default one's rate. steps: on each batch. Raises
+    SdaError for settings out of range and a network without such layers.
     """
 
     title = "Tent"
@@ -40,7 +49,8 @@ class Tent(Adapting):
         self,
         model: nn.Module,
         projector: "Projection | None" = None,
-        optimizer: MakeOptimizer = IMAGENET_C,
+        optimizer: MakeOptimizer | None = None,
+        lr: float | None = None,
         steps: int = 1,
         episodic: bool = False,
     ):
@@ -50,8 +60,8 @@ class Tent(Adapting):
         self.steps, self.episodic = steps, episodic
         use_batch_statistics(self.adapted)
         self._parameters = parameters_of((m for m in self.adapted.modules() if isinstance(m, NORMS)), "Tent")
-        self._make_optimizer = optimizer
-        self.optimizer = optimizer(self._parameters)
+        self._make_optimizer = optimizer_for(IMAGENET_C, optimizer, lr)
+        self.optimizer = self._make_optimizer(self._parameters)
 
     def reset(self) -> None:
         restore(self.adapted, self.model)

@@ -258,7 +258,11 @@ def _load_diffusers_dit(path: Path, described: Path) -> DiT:
 
 
 def load_classifier(
-    path: str | Path, architecture: str | None = None, classes: Sequence[str] | None = None
+    path: str | Path,
+    architecture: str | None = None,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Classifier:
     """A classifier in float32, frozen, in eval mode.
 
@@ -266,16 +270,19 @@ def load_classifier(
     or "timm:NAME" for the weights that timm publishes. `architecture` is timm's name; without it, the paper's
     ResNet-50, Swin-T/B and ConvNeXt-T/B are recognised. `classes` names the outputs in order; without it, a thousand
     of them are ImageNet's, by their WordNet identities. Foreign classifiers see images as the paper's evaluation
-    shows them: the short side scaled to 256, the centre of 224. Raises SdaError for a missing, damaged or foreign
-    file, saying which keys or shapes do not fit.
+    shows them: the short side scaled to 256, the centre of 224; normalised by `mean` and `std`, which a state dict does
+    not name, by default those of timm's own weights of that architecture. Raises SdaError for a missing, damaged or
+    foreign file, saying which keys or shapes do not fit.
     """
     if str(path).startswith("timm:"):
+        if mean is not None or std is not None:
+            raise SdaError(f"{path} says itself how images are normalised: leave mean and std out")
         return pretrained_classifier(str(path).removeprefix("timm:"), classes).eval().requires_grad_(False)
     state, metadata = read_checkpoint(path)
     if metadata.get("kind") != "classifier":
-        return _load_foreign_classifier(state, path, architecture, classes)
-    if architecture is not None or classes is not None:
-        raise SdaError(f"checkpoint {path} says itself what it holds: leave architecture and classes out")
+        return _load_foreign_classifier(state, path, architecture, classes, mean, std)
+    if (architecture, classes, mean, std) != (None, None, None, None):
+        raise SdaError(f"checkpoint {path} says itself what it holds: leave architecture, classes, mean and std out")
     try:
         classifier = create_classifier(**metadata.get("config", {}))
     except _UNBUILDABLE as error:
@@ -285,7 +292,12 @@ def load_classifier(
 
 
 def _load_foreign_classifier(
-    state: State, path: str | Path, architecture: str | None, classes: Sequence[str] | None
+    state: State,
+    path: str | Path,
+    architecture: str | None,
+    classes: Sequence[str] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
 ) -> Classifier:
     found = looks_like(state)
     converted = timm_from_mm(state)
@@ -297,6 +309,6 @@ def _load_foreign_classifier(
             f"written by sda-fast, one of {', '.join(ARCHITECTURES)}, or name its architecture"
         )
     names = classes_of(len(head), classes, path)
-    classifier = create_classifier(architecture, names, input_size=224, resize=256)
+    classifier = create_classifier(architecture, names, input_size=224, resize=256, mean=mean, std=std)
     fill(classifier.model, converted, path, f"a {architecture} of timm", found, "give the right file or architecture")
     return classifier.float().eval().requires_grad_(False)

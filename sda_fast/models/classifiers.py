@@ -15,21 +15,22 @@ class Classifier(nn.Module):
     """A timm model that takes images in [-1, 1] and knows its classes.
 
     `classes` are the names of its outputs in order. `input_size` is the side it sees; where `resize` is not None,
-    evaluation first scales a picture's short side to `resize` (Pillow bicubic) and cuts the centre.
+    evaluation first scales a picture's short side to `resize` (Pillow bicubic) and cuts the centre. `mean` and `std` of
+    the three channels, in [0, 1], normalise what the model sees.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, model: nn.Module, classes: Sequence[str], input_size: int, resize: int | None, config: dict):
+        """config: what `create_classifier` takes to build it again; its "mean" and "std" are used."""
         super().__init__()
         self.model = model
         self.classes = tuple(classes)
         self.input_size, self.resize = input_size, resize
         self.config = config
-        cfg: Any = model.pretrained_cfg
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(cfg[name]).reshape(1, 3, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(config[name]).reshape(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x float [N, 3, H, W] in [-1, 1] -> logits [N, classes].
@@ -53,15 +54,18 @@ def create_classifier(
     input_size: int = 224,
     resize: int | None = None,
     pretrained: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Classifier:
     """A timm model by name, `options` handed to timm, with one output for each of `classes`.
 
-    Raises SdaError for a name timm does not know or options its model does not take.
+    mean, std: see `Classifier`; by default those of the weights that timm has under this name.
+    Raises SdaError for a name timm does not know, options its model does not take, and a mean or std out of range.
     """
     import timm
 
     options = dict(options or {})
-    config = {
+    config: dict[str, Any] = {
         "architecture": architecture,
         "options": options,
         "classes": list(classes),
@@ -73,7 +77,21 @@ def create_classifier(
         model = timm.create_model(architecture, pretrained=pretrained, num_classes=len(classes), **options)
     except TypeError as error:
         raise SdaError(f"timm's {architecture} does not take these options: {error}") from error
+    config |= _normalisation(model, mean, std)
     return Classifier(model, classes, input_size, resize, config)
+
+
+def _normalisation(
+    model: Any, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> dict[str, list[float]]:
+    """What is given, or else what timm knows, as it stands in a classifier's config."""
+    cfg = model.pretrained_cfg
+    mean, std = [float(x) for x in mean or cfg["mean"]], [float(x) for x in std or cfg["std"]]
+    if len(mean) != 3 or not all(0 <= x <= 1 for x in mean):
+        raise SdaError(f"mean {mean} is out of range: give one number in [0, 1] for each of the three channels")
+    if len(std) != 3 or not all(0 < x <= 1 for x in std):
+        raise SdaError(f"std {std} is out of range: give one number above 0, up to 1, for each of the three channels")
+    return {"mean": mean, "std": std}
 
 
 def with_drop_path(classifier: Classifier, rate: float) -> Classifier:
@@ -132,4 +150,5 @@ def pretrained_classifier(name: str, classes: Sequence[str] | None = None) -> Cl
     size, resize = cfg["input_size"][-1], int(cfg["input_size"][-1] / cfg["crop_pct"])
     names = classes_of(cfg["num_classes"], classes, f"timm's {name}")
     config = {"architecture": name, "options": {}, "classes": names, "input_size": size, "resize": resize}
+    config |= _normalisation(model)
     return Classifier(model, names, size, resize, config)

@@ -46,7 +46,7 @@ def write_evaluation(
     folder, accuracies = Path(output), accuracy_table(rows, layout="tall")
     errors = [] if baseline is None else mce_table(rows, baseline, name)
     settings = json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"]
-    tables = with_approximations([paper_table(rows), *accuracies, *errors], settings)
+    tables = with_approximations([paper_table(rows), *accuracies, *errors], settings, rows)
     write_tables(folder / "results.md", tables)
     write_tables(folder / "results.csv", accuracies)
     if errors:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sda_fast.statistics import MeanAccuracy, Row, mean_interval
+from sda_fast.statistics import MeanAccuracy, Row, mean_interval, same_images
 
 Column = tuple[str, int]  # corruption, severity
 ANY_STREAM = "any"  # the stream of a row that holds for every one
@@ -110,8 +110,9 @@ def comparable_pairs(rows: Sequence[Row], further: Sequence[tuple[str, str]] = (
 
 def _comparable(arranged: Sequence[ModelResults], first: str, second: str) -> bool:
     both = [results for results in arranged if {first, second} <= set(results.methods)]
-    return bool(both) and all(_tested(r.rows(first)) == _tested(r.rows(second)) != [] for r in both)
+    return bool(both) and all(_paired(r.rows(first), r.rows(second)) for r in both)
 
 
-def _tested(rows: Sequence[Row]) -> list[tuple[str, int, int]]:
-    return [(row["corruption"], row["severity"], row["images"]) for row in rows]
+def _paired(first: Sequence[Row], second: Sequence[Row]) -> bool:
+    conditions = [[(row["corruption"], row["severity"]) for row in rows] for rows in (first, second)]
+    return conditions[0] == conditions[1] != [] and all(map(same_images, zip(first, second, strict=True)))

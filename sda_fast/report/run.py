@@ -48,7 +48,7 @@ def write_run_report(output: str | Path, result: Mapping[str, Any], *, command: 
     }
     write_json(record, root / RESULTS)
     tables = accuracy_table(rows, layout="tall")
-    overview = with_approximations([paper_table(rows), *tables, *_comparisons(rows)], result["settings"])
+    overview = with_approximations([paper_table(rows), *tables, *_comparisons(rows)], result["settings"], rows)
     write_tables(root / "results.md", overview)
     write_tables(root / "results.csv", tables)
     files = {"table": root / "results.md", "rows": root / RESULTS}
@@ -94,7 +94,7 @@ def report_results(
         environment=record.get("environment") or {"of this report": environment()},
         commands=[record["command"]] if "command" in record else [],
         notes=[
-            *approximations({str(i): each.get("settings") for i, each in enumerate((record, *others))}),
+            *approximations({str(i): each.get("settings") for i, each in enumerate((record, *others))}, rows),
             *([f"Seconds per stage: {seconds}."] if seconds else []),
             *lacking,
         ],

@@ -6,14 +6,14 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from sda_fast.data import Decoder
 from sda_fast.engines import Precision
 from sda_fast.errors import SdaError
 from sda_fast.stages.align import AlignSettings
 from sda_fast.stages.synthesize import SynthesizeSettings
+from sda_fast.values import checked
 
 STUDIES = ("compare", "ablate", "finetuned")
 
@@ -127,7 +127,7 @@ def build(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
                 raise SdaError(f"{where}: {key} must be a table of settings, not {value!r}")
             arguments[key] = build(hint_type, value, f"{where}, [{key}]")
         else:
-            arguments[key] = _checked(key, value, hint_type, where)
+            arguments[key] = checked(key, value, hint_type, where)
     missing = [
         name
         for name, f in known.items()
@@ -136,42 +136,3 @@ def build(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
     if missing:
         raise SdaError(f"{where}: key {missing[0]!r} is missing; add it")
     return kind(**arguments)
-
-
-def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
-    """The value, lists turned into tuples and integers into floats, if it is of the type the field has."""
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    for option in options:
-        origin = get_origin(option) or option
-        if origin is tuple and isinstance(value, list):
-            element = get_args(option)[0]
-            accepted = (float, int) if element is float else (element,)
-            if all(type(item) in accepted for item in value):
-                return tuple(map(element, value))
-        if option is float and type(value) in (int, float):
-            return float(value)
-        if origin is dict and isinstance(value, dict):
-            inner = get_args(option)[1]
-            if all(isinstance(item, get_origin(inner) or inner) for item in value.values()):
-                return value
-        if origin in (str, int, bool) and type(value) is origin:
-            return value
-        if get_args(option) and value in get_args(option):  # a Literal
-            return value
-    choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
-    names = " or ".join(
-        _name(option) for option in options if option is not type(None) and get_origin(option) != Literal
-    )
-    if choices:
-        other = f" or give {names}" if names else ""
-        raise SdaError(f"{where}: {key} = {value!r} is not known; choose from {', '.join(choices)}{other}")
-    raise SdaError(f"{where}: {key} = {value!r} is of another type; give {names}")
-
-
-def _name(kind: Any) -> str:
-    """What a TOML file calls the type."""
-    known = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-    if get_origin(kind) is dict:
-        return "a table of texts" if get_args(kind)[1] is str else "a table of tables"
-    lists = {str: "texts", int: "whole numbers", float: "numbers", bool: "true and false"}
-    return f"a list of {lists[get_args(kind)[0]]}" if get_origin(kind) is tuple else known[kind]

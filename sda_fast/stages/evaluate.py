@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from sda_fast.data import (
     EvaluationCrop,
     ImageFile,
     Prefetcher,
+    below_condition,
     by_condition,
     condition_of,
     describe,
@@ -31,7 +31,7 @@ from sda_fast.engines import Precision
 from sda_fast.engines.classifier import EngineClassifier
 from sda_fast.errors import SdaError
 from sda_fast.files import write_json
-from sda_fast.methods import METHODS, create, method_class
+from sda_fast.methods import METHODS, create_from, method_class, revisions
 from sda_fast.methods.base import Method, predictions
 from sda_fast.methods.ensembles import MODES
 from sda_fast.models import Classifier, load_classifier
@@ -136,6 +136,7 @@ def evaluate(
         "methods": chosen,
         "networks": {kind: file_sha256(file) for kind, file in network.items()},
         "options": {name: dict(values) for name, values in options.items()},
+        "revisions": revisions(chosen),
         "mode": mode,
         "seed": seed,
         "batch_size": batch_size,
@@ -164,10 +165,11 @@ def evaluate(
             )
             failures.update(unreadable)
             corruption, severity = describe(group, input)
+            seen = [below_condition(file) for file in usable if file.name not in unreadable]
             group_rows = [
-                make_row(method.title, name, corruption, severity, correct)
+                make_row(method.title, name, corruption, severity, correct, seen)
                 for method, correct in zip(created, outcomes, strict=True)
-                if len(correct)
+                if seen
             ]
             if not any(condition_of(failed) == group for failed in failures):
                 names = [member.name for member in members]
@@ -279,13 +281,10 @@ def create_methods(
     if unused := set(options) - set(names):
         raise SdaError(f"options are given for method {min(unused)}, which is not scored: name it in methods")
 
-    def taken(name: str) -> dict[str, Any]:
-        return {key: value for key, value in given.items() if key in signature(method_class(name)).parameters}
-
     def classifier(name: str) -> nn.Module:
         return source if quick is None or method_class(name).differentiates else quick
 
-    return [create(name, classifier(name), **{**taken(name), **options.get(name, {})}) for name in names]
+    return [create_from(name, classifier(name), given, options.get(name, {})) for name in names]
 
 
 def _outcomes(

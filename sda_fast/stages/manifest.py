@@ -43,6 +43,7 @@ BEFORE = {
     "winograd": False,
     "jacobian_free": False,
     "format": "png",
+    "revisions": {},
 }
 _TEMPORARY = re.compile(r"\.sda-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-\d+\.tmp")
 # No single file takes that long to write: what is older was left by a process nobody can ask about any more.

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from sda_fast.engines.classifier import EngineClassifier
 from sda_fast.errors import SdaError
-from sda_fast.methods import create, method_class
+from sda_fast.methods import create_from, method_class, revisions
 from sda_fast.methods.base import Method
 from sda_fast.models import Classifier, load_classifier
 from sda_fast.stages.manifest import file_sha256, made_with
@@ -57,8 +56,7 @@ class Loader:
             if given["finetuned"].classes != source.classes:
                 raise SdaError(f"{contender.finetuned} has other classes than {contender.model}: fine-tune that one")
             given["finetuned"] = self._on_engine(given["finetuned"], contender)
-        taken = {name: value for name, value in given.items() if name in signature(kind).parameters}
-        return create(contender.method, self._on_engine(source, contender), **{**taken, **contender.options})
+        return create_from(contender.method, self._on_engine(source, contender), given, contender.options)
 
     def source(self, contender: Contender) -> Classifier:
         """The classifier as it came."""
@@ -97,6 +95,7 @@ def recorded(config: StudyConfig, contender: Contender, projections: Mapping[str
     settings: dict[str, Any] = {
         "method": contender.method,
         "options": dict(contender.options),
+        "revisions": revisions([contender.method]),
         "input": str(Path(config.target).resolve()),
         "input_made_with": made_with(config.target),
         "projection": folder and str(folder.resolve()),

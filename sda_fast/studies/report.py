@@ -23,7 +23,7 @@ def write_study(result: Result, config: StudyConfig, *, command: str) -> tuple[s
     folder = Path(config.output) / result.study
     rows = of_usual_stream(result.rows, result.usual)
     tables = ablation_tables(result, config) if result.study == "ablate" else comparison_tables(result)
-    tables = with_approximations(tables, result.settings)
+    tables = with_approximations(tables, result.settings, rows)
     accuracies = accuracy_table(rows, layout="tall")
     found = {
         "study": result.study,

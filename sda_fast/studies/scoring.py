@@ -16,6 +16,7 @@ from sda_fast.data import (
     EvaluationCrop,
     ImageFile,
     Prefetcher,
+    below_condition,
     by_condition,
     describe,
     identity,
@@ -184,7 +185,8 @@ def _rows(job: Job, groups: Groups, root: str) -> list[Row]:
     for group in job.groups:
         corruption, severity = describe(group, root)
         right = [kept["right"][file.key] for file in groups[group]]
-        row = make_row(job.contender.label, job.contender.model, corruption, severity, right)
+        names = [below_condition(file) for file in groups[group]]
+        row = make_row(job.contender.label, job.contender.model, corruption, severity, right, names)
         rows.append({**row, **stream, "seconds_per_image": kept["seconds"] / kept["timed"]})
     return rows
 

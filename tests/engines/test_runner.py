@@ -248,10 +248,10 @@ def test_align_records_the_smaller_batch_and_goes_on_with_it(
     asked = cramped(2)
     left = iter(range(5))
 
-    def interrupted(array, path):
+    def interrupted(array, path, source):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        write_png(array, path)
+        write_png(array, path, source)
 
     with monkeypatch.context() as patch:
         patch.setattr("sda_fast.data.writer.write_png", interrupted)

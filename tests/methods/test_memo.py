@@ -118,7 +118,7 @@ def test_views_do_not_depend_on_threads():
     try:
         for threads in (1, 3, 16):
             torch.set_num_threads(threads)
-            parts = augmix.augmix_parts(image, 40, generator(0, 1))
+            parts = augmix.augmix_parts(image.expand(40, -1, -1, -1), generator(0, 1))
             results.append((augmix.augmix_views(image, 40, generator(0, 1)), *parts))
     finally:
         torch.set_num_threads(before)
@@ -179,7 +179,7 @@ def test_crops_cover_and_stay_inside():
 
 
 def test_parts_mix_to_a_view():
-    m, mixtures = augmix.augmix_parts(IMAGES[0], 5, generator(0, 1))
+    m, mixtures = augmix.augmix_parts(IMAGES[:1].expand(5, -1, -1, -1), generator(0, 1))
     assert m.shape == (5, 1, 1, 1)
     assert mixtures.shape == (5, 3, 16, 16)
     assert 0 <= m.min() <= m.max() <= 1

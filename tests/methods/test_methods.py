@@ -129,7 +129,7 @@ def test_importing_the_methods_imports_none():
     loaded = set(done.stdout.split())
     assert "sda_fast.methods.base" in loaded
     own = {name for name in loaded if name.startswith("sda_fast")}
-    assert own == {"sda_fast", "sda_fast.errors", "sda_fast.methods", "sda_fast.methods.base"}
+    assert own == {"sda_fast", "sda_fast.errors", "sda_fast.methods", "sda_fast.methods.base", "sda_fast.values"}
     assert loaded.isdisjoint({"timm", "diffusers", "torchsde", "torchvision", "PIL", "scipy"})
 
 

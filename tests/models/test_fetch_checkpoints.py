@@ -279,6 +279,15 @@ def test_command_converts(cli, tmp_path):
     classifier = load_classifier(tmp_path / "out" / "mine.safetensors")
     assert (classifier.classes, classifier.resize) == (("ant", "bee"), 256)
     assert torch.equal(load_file(tmp_path / "out" / "mine.safetensors")["model.fc.weight"], model.fc.weight)
+    said = cli("checkpoints", "--convert", tmp_path / "mine.pth", *options, "--mean", "0.5,0.5, .4", "--std", "1,1,0.5")
+    assert said.code == 0, said.err
+    classifier = load_classifier(tmp_path / "out" / "mine.safetensors")
+    assert torch.equal(classifier.mean.flatten(), torch.tensor([0.5, 0.5, 0.4]))
+    assert torch.equal(classifier.std.flatten(), torch.tensor([1.0, 1.0, 0.5]))
+    for wrong in ("0.5", "0.5,0.5,x", "0.5 0.5 0.5"):
+        said = cli("checkpoints", "--convert", tmp_path / "mine.pth", *options, "--mean", wrong)
+        assert said.code == 2
+        assert f"--mean '{wrong}' is not three numbers with commas between them, such as 0.5,0.5,0.5" in said.err
 
 
 def test_command_saves_timms_weights(cli, tmp_path, monkeypatch):
@@ -311,6 +320,7 @@ def test_timm_weights_without_a_network(cli, tmp_path, monkeypatch):
         (("--convert", "a.pth"), "--output is missing"),
         (("--fetch", "one", "--convert", "a.pth"), "--fetch and --convert are two commands"),
         (("--architecture", "resnet18"), "describe the file of --convert"),
+        (("--std", "1,1,1"), "describe the file of --convert"),
         (("--convert", "a.pth", "--output", "out"), "checkpoint a.pth does not exist"),
     ],
 )

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from dataclasses import asdict
 from shutil import copytree, rmtree
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from PIL import Image
 
 from sda_fast.report import make_row, to_text, write_evaluation
-from sda_fast.report.approximations import JACOBIAN_FREE
+from sda_fast.report.approximations import JACOBIAN_FREE, PARTIAL_GDA, PUBLISHED, approximations
 from sda_fast.report.run import environment, report_results, write_run_report
+from sda_fast.stages.align import AlignSettings
 
 METHODS = ("Source", "DiffPure", "DDA", "SDA", "SDA, not aligned")
 
@@ -150,6 +152,22 @@ def test_an_approximation_is_said(tmp_path, folders):
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows(models=["exact"])}))
     assert JACOBIAN_FREE not in report_results(tmp_path / "rows.json")[0].read_text()
     assert JACOBIAN_FREE in report_results(tmp_path / "rows.json", further=[tmp_path / "results.json"])[0].read_text()
+
+
+def test_other_steps_and_missing_terms_are_said():
+    usual = AlignSettings().resolved()
+    assert PUBLISHED["dda"] == {name: getattr(usual, name) for name in PUBLISHED["dda"]}
+    purify = AlignSettings("diffpure").resolved()
+    assert PUBLISHED["diffpure"] == {name: getattr(purify, name) for name in PUBLISHED["diffpure"]}
+    for settings in (usual, purify, AlignSettings(), AlignSettings("diffpure", scale=3.0)):
+        assert approximations({"align": asdict(settings)}, rows(models=["m"])) == []
+    few = asdict(AlignSettings(respacing="20", start=10, scale=3.0))
+    short = asdict(AlignSettings("diffpure", respacing="10", start=3))
+    assert approximations({"projections_made_with": {"dda": few, "diffpure": short}, "align": few}) == [
+        "Guided projections (DDA, SDA) have respacing 20, start 10, scale 3.0 (published: 100, 50, 6.0).",
+        "DiffPure's projections have respacing 10, start 3 (published: 1000, 150).",
+    ]
+    assert approximations({}, [{"method": "GDA"}, {"method": "DDA"}, {"method": "GDA"}]) == [PARTIAL_GDA]
 
 
 @pytest.mark.parametrize(

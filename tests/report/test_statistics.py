@@ -11,6 +11,8 @@ from sda_fast.report import (
     paired_over_corruptions,
     wilson_interval,
 )
+from sda_fast.report.results import comparable_pairs
+from sda_fast.statistics import same_images
 
 
 def rows_of(method, outcomes, model="resnet"):
@@ -221,6 +223,54 @@ def test_pooled_refuses_what_does_not_match():
         paired_over_corruptions(a + a, a)
     with pytest.raises(ValueError, match="no rows"):
         paired_over_corruptions([], [])
+
+
+def named(method, outcomes, names):
+    return [
+        make_row(method, "resnet", f"corruption_{i}", 3, line, of)
+        for i, (line, of) in enumerate(zip(outcomes, names, strict=True))
+    ]
+
+
+def test_rows_are_of_the_same_images_or_not():
+    same, other = [["a", "b"], ["a", "b"]], [["a", "b"], ["a", "c"]]
+    assert same_images(named("SDA", [[1, 0], [0, 0]], same))
+    assert not same_images(named("SDA", [[1, 0], [0, 0]], other))
+    assert not same_images(named("SDA", [[1, 0], [0, 0, 1]], [["a", "b"], ["a", "b", "c"]]))
+    assert same_images([*named("SDA", [[1, 0], [0, 0]], same), *rows_of("SDA", [[1, 1]])])  # an older row
+    assert not same_images([{"images": 2}, *rows_of("SDA", [[1, 1]])])
+
+
+def test_as_many_but_other_images_are_not_clustered():
+    outcomes = np.random.default_rng(0).random((4, 50)) < 0.6
+    names = [[str(i) for i in range(50)]] * 3 + [[str(i) for i in range(1, 51)]]
+    assert mean_interval(rows_of("SDA", outcomes)).how == "clustered by image"
+    assert mean_interval(named("SDA", outcomes, names[:1] * 4)).how == "clustered by image"
+    assert mean_interval(named("SDA", outcomes, names)).how == "stratified by corruption"
+
+
+def test_pooled_over_different_images_by_hand():
+    """Differences of mean 1/4 and 1/2, sample variances 11/12 over 4 images and 1/2 over 2."""
+    a, b = [[1, 1, 0, 0], [1, 0]], [[0, 0, 0, 1], [0, 0]]
+    names = [["1", "2", "3", "4"], ["1", "2"]]
+    test = paired_over_corruptions(named("SDA", a, names), named("DDA", b, names), confidence=0.8)
+    error = math.sqrt((11 / 12) / 4 + (1 / 2) / 2) / 2
+    assert (test.test, test.images, test.corruptions, test.b, test.c) == ("z over strata", 6, 2, 3, 1)
+    assert test.difference == pytest.approx(0.375)
+    assert test.high == pytest.approx(0.375 + 1.2815515655 * error)
+    assert test.low == pytest.approx(0.375 - 1.2815515655 * error)
+    assert test.p == pytest.approx(2 * NormalDist().cdf(-0.375 / error))
+    single = paired_over_corruptions(named("SDA", [[1, 1], [1]], [["1", "2"], ["1"]]), rows_of("DDA", [[0, 1], [0]]))
+    assert (single.low, single.high, single.p) == (-1.0, 1.0, 1.0)
+
+
+def test_methods_on_other_images_are_not_paired():
+    rows = [named(method, [[1, 0], [0, 0]], [["a", "b"], ["a", last]]) for method, last in (("SDA", "b"), ("DDA", "c"))]
+    with pytest.raises(
+        ValueError, match=r"a paired test needs the same images, which they are not under .*corruption_1"
+    ):
+        paired_over_corruptions(*rows)
+    assert comparable_pairs([*rows[0], *rows[1]]) == []
 
 
 def test_pooled_interval_covers_and_test_keeps_its_level():

@@ -163,6 +163,20 @@ def test_corruption_and_severity_are_read_from_the_path(tree, layout, expected):
     assert (row["corruption"], row["severity"], row["outcomes"]) == (*expected, "1")
 
 
+def test_rows_say_which_images_they_are_of(tree):
+    """Under two corruptions one image of two each cannot be read, and not the same one."""
+    for key in ("fog/3/ant/2", "fog/3/cow/1", "snow/3/cow/1"):
+        (tree / "target" / f"{key}.png").write_text("no picture")
+    rows = {row["corruption"]: row for row in score(tree, methods=["source"])}
+    assert rows["clean"]["images"] == 2
+    assert rows["fog"]["images"] == rows["snow"]["images"] == 1
+    assert rows["fog"]["image_set"] == rows["snow"]["image_set"] != rows["clean"]["image_set"]
+    (tree / "target" / "fog/3/ant/1.png").rename(tree / "target" / "fog/3/ant/2.png")
+    (tree / "dda" / "fog/3/ant/1.png").rename(tree / "dda" / "fog/3/ant/2.png")
+    again = {row["corruption"]: row for row in score(tree, methods=["source"])}
+    assert again["fog"]["image_set"] != again["snow"]["image_set"] == rows["snow"]["image_set"]
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_scores_that_are_no_numbers_are_no_answer(tree, monkeypatch, wrong):
     """argmax would make the first class of them."""

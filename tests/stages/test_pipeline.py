@@ -193,7 +193,7 @@ def test_methods_that_need_no_adaptation_synthesize_nothing(tmp_path, config, ru
 
 
 def test_methods_that_need_diffusion_models_get_the_runs(tmp_path, config, run):
-    options = "options = {gda = {views = 2, start = 1}, diffusion_tta = {updates = 1, pairs = 2}}"
+    options = "options = {gda = {views = 2, start = 2}, diffusion_tta = {updates = 1, pairs = 2}}"
     config = config.replace("ablation = true", f'methods = ["gda", "diffusion_tta"]\n{options}')
     said = run(config, "--json")
     assert said.code == 0, said.err
@@ -201,7 +201,7 @@ def test_methods_that_need_diffusion_models_get_the_runs(tmp_path, config, run):
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["evaluation"]
     settings = json.loads((tmp_path / "out" / "evaluation" / "resnet" / "manifest.json").read_text())["settings"]
     assert set(settings["networks"]) == {"adm", "dit"}
-    assert settings["options"]["gda"] == {"views": 2, "start": 1}
+    assert settings["options"]["gda"] == {"views": 2, "start": 2}
 
 
 def test_classes_of_the_dit_that_a_classifier_does_not_know(tmp_path, config, run, tiny):

@@ -37,7 +37,7 @@ recipe = "photos"
 [compare.options]
 memo = {{ views = 2 }}
 diffusion_tta = {{ updates = 1, pairs = 2 }}
-gda = {{ views = 2, start = 1 }}
+gda = {{ views = 2, start = 2 }}
 tent = {{ steps = 2 }}
 [ablate]
 per_class = [1, 2]
