@@ -21,7 +21,7 @@ from sda_fast.errors import SdaError
 from sda_fast.models import ADM, Classifier, DiT, load_classifier
 from sda_fast.models.vae import load_vae, vae_file
 from sda_fast.report.tables import Cell, Table
-from sda_fast.stages.align import align, align_record, check_align, norm_groups, projection_done
+from sda_fast.stages.align import SURPLUS, align, align_record, check_align, norm_groups, projection_done
 from sda_fast.stages.config import RunConfig
 from sda_fast.stages.evaluate import images_kept, projections_of
 from sda_fast.stages.finetune import MODEL, finetune
@@ -132,6 +132,8 @@ def _plan_align(stage: Stage, config: RunConfig, rates: Rates, made: dict[Path, 
 
     out = check_output(stage.output, "align", record)
     keys = made[stage.output] = made[folder]
+    if stage.arguments.get("exactly"):
+        out.require_no_others(keys, SURPLUS)
     target = folder == Path(config.target)
     files = find_images(folder)[0] if target else [ImageFile(folder, f"{key}.png") for key in keys]
     done = projection_done(out, norm_groups(files, settings), settings)

@@ -11,9 +11,10 @@ from typing import Any
 from sda_fast.errors import WriteError
 
 
-def write_bytes(content: bytes, path: str | os.PathLike[str]) -> Path:
+def write_bytes(content: bytes, path: str | os.PathLike[str], mtime_ns: int | None = None) -> Path:
     """Write a file and return its path; a reader sees the earlier file or the new one, never a part.
 
+    mtime_ns: the time of writing that it gets, in nanoseconds; by default now.
     Folders above `path` are made. Raises WriteError if it cannot be written; then nothing is left behind.
     """
     path = Path(path)
@@ -25,6 +26,8 @@ def write_bytes(content: bytes, path: str | os.PathLike[str]) -> Path:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            if mtime_ns is not None:
+                os.utime(temporary, ns=(mtime_ns, mtime_ns))
             os.replace(temporary, path)
         except BaseException:  # Ctrl-C included
             temporary.unlink(missing_ok=True)

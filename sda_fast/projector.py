@@ -87,12 +87,17 @@ class _Reverse:
         """What the steps of a batch look at of its images, computed once."""
         return None
 
-    @torch.no_grad()  # as a decorator: inside the generator it would hold for the caller between two steps
+    # As decorators: inside the generator they would hold for the caller between two steps. The guidance differentiates,
+    # which inference mode, where callers may be, does not allow.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def steps(
         self, images: Tensor, noise: Tensor | None = None, seeds: Sequence[int] | Tensor | None = None
     ) -> Iterator[Tensor]:
         """Yield x, float32 [N, 3, H, W], after every reverse step; arguments as `__call__`."""
         images = check_images(images, self.adm.in_channels, self.adm.image_size)
+        if images.is_inference():
+            images = images.clone()
         source = Noise(images, self.seed, seeds, noise, self.start + 1)
         parts = batches(len(images), self.batch_size)
         if not parts:

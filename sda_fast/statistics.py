@@ -63,6 +63,7 @@ def make_row(
     names: what the images are called under every corruption alike.
     Raises ValueError for anything but a non-empty vector of booleans (or of zeros and ones).
     """
+    of = {} if names is None else {"image_set": _digest(names)}
     values = np.asarray(correct)
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"correct must be a non-empty vector, not an array of shape {values.shape}")
@@ -81,14 +82,20 @@ def make_row(
         "low": low,
         "high": high,
         "outcomes": "".join("1" if value else "0" for value in values),
-        **({} if names is None else {"image_set": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]}),
+        **of,
     }
+
+
+def _digest(names: Sequence[str]) -> str:
+    # Names of files may hold bytes that are no text.
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def same_images(rows: Sequence[Row]) -> bool:
     """Whether rows have outcomes of the same images, as far as they say which those are."""
     said = {row["image_set"] for row in rows if "image_set" in row}
-    return len({len(row.get("outcomes") or "") for row in rows}) == 1 and len(said) <= 1
+    counts = {len(row.get("outcomes") or "") for row in rows} | {row["images"] for row in rows}
+    return len(counts) == 1 and len(said) <= 1
 
 
 def wilson_interval(correct: float, total: float, confidence: float = 0.95) -> tuple[float, float]:
@@ -114,11 +121,12 @@ def mean_interval(rows: Sequence[Row], confidence: float = 0.95) -> MeanAccuracy
     """Mean accuracy over the corruptions in `rows` (one method, one model), all with equal weight.
 
     The variance of that mean is taken over images where all rows hold outcomes of the same images: each image's
-    mean over corruptions is then one independent observation. Otherwise corruptions count as independent strata:
-    sum p(1-p)/n / K^2. Either variance v is turned into an effective number of images p(1-p)/v, corrected for the
-    degrees of freedom behind v, and put into Wilson's interval, so that the bounds stay inside [0, 1] (the
-    construction of Korn and Graubard 1998, with the score interval in place of the exact one). Raises ValueError
-    without rows.
+    mean over corruptions is then one independent observation. Otherwise, because some could not be read, they are
+    still mostly the same ones, and the most that the variance can be is taken, as if an image were right or wrong
+    under all corruptions: (sum sqrt(p(1-p)/n) / K)^2. Either variance v is turned into an effective number of images
+    p(1-p)/v, corrected for the degrees of freedom behind v, and put into Wilson's interval, so that the bounds stay
+    inside [0, 1] (the construction of Korn and Graubard 1998, with the score interval in place of the exact one).
+    Raises ValueError without rows.
     """
     if not rows:
         raise ValueError("a mean over corruptions needs at least one row")
@@ -133,7 +141,8 @@ def mean_interval(rows: Sequence[Row], confidence: float = 0.95) -> MeanAccuracy
         per_image = np.mean([outcome_array(row["outcomes"]) for row in rows], axis=0)
         variance = float(np.var(per_image, ddof=1)) / fewest if fewest > 1 else 0.0
     else:
-        variance = sum(row["accuracy"] * (1 - row["accuracy"]) / row["images"] for row in rows) / len(rows) ** 2
+        errors = (math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / row["images"]) for row in rows)
+        variance = (sum(errors) / len(rows)) ** 2
     if variance <= 1e-15:
         effective = float(fewest)  # no spread seen: claim no more than the fewest independent images
     else:
@@ -145,7 +154,7 @@ def mean_interval(rows: Sequence[Row], confidence: float = 0.95) -> MeanAccuracy
             effective *= (_normal_quantile(confidence) / t) ** 2
         effective = min(effective, float(total))
     low, high = wilson_interval(min(mean, 1.0) * effective, effective, confidence)
-    return MeanAccuracy(mean, low, high, "clustered by image" if clustered else "stratified by corruption")
+    return MeanAccuracy(mean, low, high, "clustered by image" if clustered else "bounded over corruptions")
 
 
 def mcnemar(outcomes_a: str, outcomes_b: str, confidence: float = 0.95) -> PairedTest:
@@ -179,9 +188,9 @@ def paired_over_corruptions(rows_a: Sequence[Row], rows_b: Sequence[Row], confid
     the interval and the two-sided p. A single corruption is `mcnemar`. Where all images have one and the same
     non-zero difference the interval has no width and p is that of the sign-flip test, 2^(1 - images).
 
-    Where the images are not the same under every corruption, because some could not be read, corruptions count
-    as independent strata: the mean of their differences, by the normal distribution, "z over strata"; `images` are
-    then all outcomes. b and c are totals over all corruptions.
+    Where the images are not the same under every corruption, because some could not be read, the mean of the
+    corruptions' differences is taken, with the most that its error can be, and the normal distribution: "z, bounded";
+    `images` are then all outcomes. b and c are totals over all corruptions.
 
     Raises ValueError if the rows do not match, or two of a corruption differ in images.
     """
@@ -201,7 +210,7 @@ def paired_over_corruptions(rows_a: Sequence[Row], rows_b: Sequence[Row], confid
     if same_images([*first.values(), *second.values()]):
         found, name, images = _clustered_t(np.stack(differences), confidence), "t over images", len(a[0])
     else:
-        found, name, images = _stratified_z(differences, confidence), "z over strata", sum(map(len, a))
+        found, name, images = _bounded_z(differences, confidence), "z, bounded", sum(map(len, a))
     return PairedTest(name, images, len(first), only_a, only_b, *found)
 
 
@@ -236,14 +245,17 @@ def _clustered_t(differences: NDArray[np.float64], confidence: float) -> tuple[f
     return mean, max(-1.0, float(low)), min(1.0, float(high)), float(test.pvalue)
 
 
-def _stratified_z(differences: Sequence[NDArray[np.float64]], confidence: float) -> tuple[float, float, float, float]:
-    """Mean over corruptions, interval and two-sided p of differences, one array [images] for each corruption."""
+def _bounded_z(differences: Sequence[NDArray[np.float64]], confidence: float) -> tuple[float, float, float, float]:
+    """Mean over corruptions, interval and two-sided p of differences, one array [images] for each corruption.
+
+    The error is the mean of the corruptions' errors, as if they went together entirely: it cannot be larger.
+    """
     mean = float(np.mean([x.mean() for x in differences]))
-    # The variance of a corruption of one image is not known: then none is claimed to be.
-    variances = [float(np.var(x, ddof=1)) / len(x) if len(x) > 1 else math.inf for x in differences]
-    error = math.sqrt(sum(variances)) / len(differences)
+    # What one image, or images that all agree, say of the spread is nothing: then no certainty is claimed.
+    errors = [float(np.std(x, ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.inf for x in differences]
+    error = sum(errors) / len(differences)
     if error < 1e-12:
-        return mean, mean, mean, 2.0 ** (1 - sum(map(len, differences))) if abs(mean) > 1e-12 else 1.0
+        return (mean, mean, mean, 1.0) if abs(mean) < 1e-12 else (mean, -1.0, 1.0, 1.0)
     half = _normal_quantile(confidence) * error
     p = 2 * NormalDist().cdf(-abs(mean) / error)
     return mean, max(-1.0, mean - half), min(1.0, mean + half), p

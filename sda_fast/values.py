@@ -40,7 +40,7 @@ def _converted(value: Any, kind: Any) -> Any:
                 return _converted(value, option)
             except TypeError:
                 continue
-    elif origin is Literal and value in arguments:
+    elif origin is Literal and any(value == choice and type(value) is type(choice) for choice in arguments):
         return value
     elif origin is tuple and type(value) in (list, tuple):
         kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments

@@ -214,6 +214,21 @@ def test_class_conditional_models_are_refused(tiny, project):
         project(adm)
 
 
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_of_the_caller(tiny, made_inside):
+    """The guidance differentiates whatever mode the caller is in, with the same result."""
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    project = Projector(load_adm(tiny.adm), start=2)
+    expected = project(images)
+    with torch.inference_mode():
+        if made_inside:
+            project = Projector(load_adm(tiny.adm), start=2)
+        assert torch.equal(project(images.clone()), expected)
+        assert torch.is_inference_mode_enabled()
+    for _ in project.steps(images):
+        assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize(
     ("images", "problem"),
     [

@@ -1,6 +1,8 @@
 """The typer application, and what happens to errors."""
 
 import json
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ app = typer.Typer(
 
 INCOMPLETE = 3
 INTERRUPTED = 130
+TERMINATED = 143
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
@@ -66,7 +69,10 @@ def end(*folders: str | Path) -> None:
 
 
 def run() -> None:
-    """Run the application. Exit code 2: a user's mistake, in one sentence; 3: files were left out; 130: interrupted."""
+    """Run the application.
+
+    Exit code 2: a user's mistake, in one sentence; 3: files were left out; 130, 143: interrupted (Ctrl-C, SIGTERM).
+    """
     import sda_fast.cli.bench
     import sda_fast.cli.checkpoints
     import sda_fast.cli.commands
@@ -74,6 +80,14 @@ def run() -> None:
     import sda_fast.cli.report
     import sda_fast.cli.studies  # noqa: F401  (all register commands)
 
+    stopped = []
+
+    def stop(*_: object) -> None:
+        stopped.append(True)
+        raise KeyboardInterrupt
+
+    if "WORLD_SIZE" not in os.environ:  # under torchrun a rank that waits for others must end at once, without Python
+        signal.signal(signal.SIGTERM, stop)  # what batch systems send: ended as by Ctrl-C, with nothing left over
     try:
         app(prog_name="sda-fast")  # in its usage too, however it was started
     except SdaError as error:
@@ -85,4 +99,5 @@ def run() -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED:  # what typer makes of Ctrl-C, without a word
             print("sda-fast: interrupted; the same command goes on from here.", file=sys.stderr)
+            sys.exit(TERMINATED if stopped else INTERRUPTED)
         raise

@@ -240,7 +240,10 @@ def evaluate(
     from sda_fast.stages.evaluate import evaluate as stage
     from sda_fast.weights import weights_path
 
-    folders = dict(_kind_and_folder(item) for item in projection or [])
+    folders: dict[str, Path] = {}
+    for item in projection or []:
+        kind, folder = _kind_and_folder(item)
+        _add(folders, kind, folder, f"--projection {kind}")
     baseline = None
     if mce is not None:  # what does not fit shows before the work
         baseline, (files, _) = read_baseline(mce), find_images(input)
@@ -265,18 +268,19 @@ def evaluate(
         **how,
         device=_check_device(device),
     )
-    tables = write_evaluation(output, rows, baseline, mce or "") if rows else []
+    tables = write_evaluation(output, rows, baseline, mce or "")
     result = {"rows": rows, "mce": [record for table in tables[1:] for record in table.records if "ce" in record]}
-    say(result if mce else {"rows": rows}, as_json, to_text(tables))
+    say(result if mce else {"rows": rows}, as_json, to_text(tables) if tables else "No image could be scored.")
     end(output)
 
 
 def _by_kind(option: str, items: list[str]) -> dict[str, str]:
-    values = {}
+    values: dict[str, str] = {}
     for item in items:
-        kind, _, values[kind] = item.partition("=")
-        if not values[kind]:
+        kind, _, value = item.partition("=")
+        if not value:
             raise SdaError(f"--{option} {item} is not of the form KIND=VALUE, KIND being adm, dit or vae")
+        _add(values, kind, value, f"--{option} {kind}")
     return values
 
 
@@ -292,8 +296,14 @@ def _options(items: list[str]) -> dict[str, dict[str, Any]]:
             value = json.loads(text)
         except ValueError:
             value = text
-        options.setdefault(method, {})[name] = value
+        _add(options.setdefault(method, {}), name, value, f"--option {key}")
     return options
+
+
+def _add(values: dict[str, Any], key: str, value: Any, option: str) -> None:
+    if key in values:
+        raise SdaError(f"{option} is given twice ({values[key]} and {value}): give one")
+    values[key] = value
 
 
 def _kind_and_folder(item: str) -> tuple[str, Path]:

@@ -10,6 +10,7 @@ from sda_fast.data.corruptions import CORRUPTIONS, corrupt
 from sda_fast.data.crops import DiffusionCrop, EvaluationCrop, center_crop, resize_short_side
 from sda_fast.data.images import (
     ImageFile,
+    Source,
     find_images,
     identity,
     list_images,
@@ -34,6 +35,7 @@ __all__ = [
     "EvaluationCrop",
     "ImageFile",
     "Prefetcher",
+    "Source",
     "Writer",
     "below_condition",
     "by_condition",

@@ -50,7 +50,7 @@ def label_indices(files: Iterable[ImageFile], classes: Sequence[str]) -> list[in
             known = get_close_matches(file.class_name, classes, n=1) or [*classes[:3], "..."]
             raise SdaError(
                 f"the folder {file.class_name} of {file.path} is none of the {len(classes)} classes "
-                f"({', '.join(known)}): rename the folder or give the class list it belongs to."
+                f"({', '.join(known)}): put images into folders named like classes, or give models of these classes."
             )
         labels.append(index[file.class_name])
     return labels

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -67,11 +67,11 @@ def find_images(root: str | Path, option: str = "--input") -> tuple[list[ImageFi
 
     Images are told by their suffix; hidden files and folders are left out, which includes the temporary files
     of writers at work. Links to folders are followed, except back into a folder that contains them. A link
-    that leads nowhere is listed, so that `read_image` reports it by name instead of it missing silently.
+    that leads nowhere is listed if it has an image's suffix, so that `read_image` reports it by name.
 
     Reported, with the end of a sentence that begins with the name ("cannot be listed (...): check its rights"):
     images that differ in their suffix alone, since their outputs would collide; folders that are empty or cannot be
-    listed (these names end in a slash); devices and pipes.
+    listed, and links to nowhere that seem to have been folders (these names end in a slash); devices and pipes.
 
     `option` is what the error messages call the folder. Raises SdaError if the folder does not exist, cannot
     be read or holds no image at all.
@@ -121,6 +121,8 @@ def _walk(root: Path, folder: str, ancestors: tuple[tuple[int, int], ...], failu
         link = entry.is_symlink()
         if os.path.isdir(entry.path) if link else entry.is_dir():
             yield from _walk(root, f"{name}/", (*ancestors, inode), failures)
+        elif link and not os.path.exists(entry.path) and _without_suffix(name) == name:  # once a folder, it seems
+            failures[f"{name}/"] = "is a link that leads nowhere: mend or remove it"
         elif (os.path.isfile(entry.path) or not os.path.exists(entry.path)) if link else entry.is_file():
             yield name
         elif _without_suffix(name) != name:  # reading a pipe would wait for ever
@@ -194,26 +196,33 @@ def _require(missing: list[ImageFile], lack: str) -> None:
         raise SdaError(f"{len(missing)} images in {missing[0].root} ({first}) have {lack}.")
 
 
-def write_png(array: np.ndarray, path: str | Path, source: str | None = None) -> None:
-    """Write a uint8 [H, W, 3] image whole or not at all; equal arguments give equal bytes.
+class Source(NamedTuple):
+    """What an image was made of: the SHA-256 of it in hexadecimal, and when it was written, in nanoseconds."""
 
-    source: the SHA-256 of what the image was made of, in hexadecimal; it stands in the file, see `source_of`.
+    sha256: str
+    mtime_ns: int
+
+
+def write_png(array: np.ndarray, path: str | Path, source: Source | None = None) -> None:
+    """Write a uint8 [H, W, 3] image whole or not at all; equal images of equal sources give equal bytes.
+
+    source: its hash stands in the file, see `source_of`, and its time becomes the file's.
 
     Folders above `path` are made. Raises SdaError for another dtype or shape, or if it cannot be written.
     """
     text = PngImagePlugin.PngInfo()
     if source is not None:
-        text.add_text(_SOURCE, source)
-    _write(array, path, "PNG", pnginfo=text)
+        text.add_text(_SOURCE, source.sha256)
+    _write(array, path, "PNG", source, pnginfo=text)
 
 
-def write_jpeg(array: np.ndarray, path: str | Path, source: str | None = None) -> None:
+def write_jpeg(array: np.ndarray, path: str | Path, source: Source | None = None) -> None:
     """The same as JPEG with Pillow's defaults, quality 75 and halved chroma: the published code gives no others."""
-    _write(array, path, "JPEG", **({} if source is None else {"comment": f"{_SOURCE} {source}"}))
+    _write(array, path, "JPEG", source, **({} if source is None else {"comment": f"{_SOURCE} {source.sha256}"}))
 
 
 def source_of(path: str | Path) -> str | None:
-    """The `source` that an image was written with; None if none is in it. Raises OSError if it cannot be read."""
+    """The hash of the `source` that an image was written with, or None. Raises OSError without the file."""
     with open(path, "rb") as file:
         found = _SOURCE_IN_FILE.search(file.read(512))  # before the pixels, as Pillow writes both formats
     return found and found[1].decode()
@@ -223,9 +232,9 @@ _SOURCE = "input-sha256"
 _SOURCE_IN_FILE = re.compile(rb"input-sha256[\0 ]([0-9a-f]{64})")
 
 
-def _write(array: np.ndarray, path: str | Path, format: str, **options: Any) -> None:
+def _write(array: np.ndarray, path: str | Path, format: str, source: Source | None, **options: Any) -> None:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise SdaError(f"{format} takes uint8 of shape [H, W, 3], not {array.dtype} of {list(array.shape)}.")
     encoded = io.BytesIO()
     Image.fromarray(array).save(encoded, format=format, **options)
-    write_bytes(encoded.getvalue(), path)
+    write_bytes(encoded.getvalue(), path, source and source.mtime_ns)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sda_fast.data.images import JPEG_SUFFIXES, write_jpeg, write_png
+from sda_fast.data.images import JPEG_SUFFIXES, Source, write_jpeg, write_png
 
 _THREADS = 4  # compressing 256x256 takes about 10 ms and does not hold Python's lock
 
@@ -17,7 +17,7 @@ class Writer:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="write")
         self._waiting: list[Future[None]] = []
 
-    def __call__(self, array: np.ndarray, path: Path, source: str | None = None) -> None:
+    def __call__(self, array: np.ndarray, path: Path, source: Source | None = None) -> None:
         """Write a uint8 image [H, W, 3], whole or not at all: as JPEG if `path` ends like one, else as PNG.
 
         source: see `sda_fast.data.images.write_png`.

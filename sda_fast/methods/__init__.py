@@ -69,8 +69,12 @@ def create_from(name: str, model: Any, given: Mapping[str, Any], options: Mappin
     parameters = signature(method_class(name)).parameters
     taken = {key: value for key, value in given.items() if key in parameters}
     for key, value in options.items():
-        known = key in parameters
-        taken[key] = checked(key, value, parameters[key].annotation, f"method {name}") if known else value
+        if key in parameters:
+            hint = parameters[key].annotation
+            if hint is str and type(value) is int:  # the command line's respacing=50 is JSON for a number
+                value = str(value)
+            value = checked(key, value, hint, f"method {name}")
+        taken[key] = value
     return create(name, model, **taken)
 
 

@@ -71,6 +71,7 @@ class Adapting(Method):
         return torch.cat(logits).detach().float().softmax(dim=1)
 
 
+@torch.inference_mode(False)
 def working_copy(model: AnyModule) -> AnyModule:
     """A copy in eval mode, no parameter of which asks for a gradient yet."""
     return copy.deepcopy(model).eval().requires_grad_(False)

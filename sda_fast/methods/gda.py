@@ -5,6 +5,7 @@ whether these are the paper's, and the numbers any of it should give. docs/metho
 No label of the test data is ever used.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -76,6 +77,9 @@ class GDA(Method):
             raise SdaError("this ADM is class-conditional; GDA needs an unconditional one")
         if unknown := set(weights or ()) - set(WEIGHTS):
             raise SdaError(f"GDA has no term {min(unknown)!r}; choose from {', '.join(WEIGHTS)}")
+        for term, weight in (weights or {}).items():
+            if not 0 <= weight < math.inf:
+                raise SdaError(f"the weight {weight} of GDA's {term} is out of range: give 0 or more")
         self.adm = adm.eval().requires_grad_(False)
         self.style, self.content = style, content
         self.start, self.views, self.seed = start, views, seed

@@ -62,6 +62,8 @@ class MEMO(Adapting):
             raise SdaError(f"views={views}, steps={steps} are out of range: MEMO takes at least 1 of each")
         if prior is not None and not 0 <= prior < math.inf:
             raise SdaError(f"prior={prior} is out of range: 16 is published, None is the source's statistics alone")
+        if len(fill) != 3 or not all(0 <= level <= 255 for level in fill):
+            raise SdaError(f"fill={fill} is out of range: give three numbers from 0 to 255")
         self.views, self.steps, self.fill, self.seed = views, steps, fill, seed
         self.per_image = not leak_optimizer_state
         self._parameters = parameters_of([self.adapted], "MEMO")

@@ -202,6 +202,7 @@ def _load_diffusion(
     return model.float().eval().requires_grad_(False)
 
 
+@torch.inference_mode(False)  # weights that a guidance or an adaptation can go back through
 def load_adm(path: str | Path, preset: str | None = None, *, schedule: str = "linear") -> ADM:
     """An ADM in float32, frozen, in eval mode. `preset` names a published model; files of this package know theirs.
 
@@ -216,6 +217,7 @@ def load_adm(path: str | Path, preset: str | None = None, *, schedule: str = "li
     return _load_diffusion(path, ADM, preset, ADM_PRESETS)
 
 
+@torch.inference_mode(False)
 def load_dit(path: str | Path, preset: str | None = None) -> DiT:
     """A DiT in float32, frozen, in eval mode; its `classes` are set where the file names them. Errors as `load_adm`.
 
@@ -257,6 +259,7 @@ def _load_diffusers_dit(path: Path, described: Path) -> DiT:
     return model.float().eval().requires_grad_(False)
 
 
+@torch.inference_mode(False)
 def load_classifier(
     path: str | Path,
     architecture: str | None = None,

@@ -50,6 +50,7 @@ def vae_file(path: str | Path) -> Path:
     return Path(diffusers_file(path, "vae")) if Path(path).is_dir() else Path(path)
 
 
+@torch.inference_mode(False)
 def load_vae(path: str | Path) -> VAE:
     """The VAE in a folder that diffusers wrote (its own, a pipeline's, or its weights file), in float32, frozen.
 

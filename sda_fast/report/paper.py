@@ -41,9 +41,15 @@ def write_evaluation(
 ) -> list[Table]:
     """Write `<output>/results.md` and `results.csv`, with a baseline also `mce.csv`; returns the tables of the former.
 
-    output: the folder that `evaluate` wrote. baseline, name: as `mce_table` takes them.
+    output: the folder that `evaluate` wrote. baseline, name: as `mce_table` takes them. Without rows, removes
+    those of an earlier call.
     """
-    folder, accuracies = Path(output), accuracy_table(rows, layout="tall")
+    folder = Path(output)
+    if not rows:
+        for file in ("results.md", "results.csv", "mce.csv"):
+            (folder / file).unlink(missing_ok=True)
+        return []
+    accuracies = accuracy_table(rows, layout="tall")
     errors = [] if baseline is None else mce_table(rows, baseline, name)
     settings = json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"]
     tables = with_approximations([paper_table(rows), *accuracies, *errors], settings, rows)

@@ -115,4 +115,6 @@ def _comparable(arranged: Sequence[ModelResults], first: str, second: str) -> bo
 
 def _paired(first: Sequence[Row], second: Sequence[Row]) -> bool:
     conditions = [[(row["corruption"], row["severity"]) for row in rows] for rows in (first, second)]
-    return conditions[0] == conditions[1] != [] and all(map(same_images, zip(first, second, strict=True)))
+    return conditions[0] == conditions[1] != [] and all(
+        a.get("outcomes") and same_images([a, b]) for a, b in zip(first, second, strict=True)
+    )

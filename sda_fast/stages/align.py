@@ -3,8 +3,9 @@
 The same stage aligns the synthetic images of SDA's first half and projects the target images of its second.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from sda_fast.data import (
     DiffusionCrop,
     ImageFile,
     Prefetcher,
+    Source,
     Writer,
     by_condition,
     find_images,
@@ -38,7 +40,7 @@ from sda_fast.projector import Projector, Purifier
 from sda_fast.stages.batch_size import BatchSize, execution_batch, record_smaller
 from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.failures import Failures, counting_what_is_done, report_listing, write_failures
-from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
+from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output, require_apart
 from sda_fast.stages.ranks import is_first, processes_here, ranks, wait_for_all
 from sda_fast.stages.sources import Sources, made_of_inputs
 
@@ -95,6 +97,7 @@ class AlignSettings:
         return file.path.suffix if jpeg else ".png"
 
 
+SURPLUS = "what they were made of is gone: delete them"
 PUBLISHED = {"dda": ("100", 50), "diffpure": ("1000", 150)}  # respacing and start
 
 
@@ -134,6 +137,7 @@ def align(
     settings: AlignSettings | None = None,
     *,
     preset: str | None = None,
+    exactly: bool = False,
     device: str = "cpu",
     workers: int = 1,
     quiet: bool | None = None,
@@ -145,6 +149,7 @@ def align(
     consecutive in the sorted list of their corruption). Resumes where an earlier run stopped; an image that was
     changed since is projected anew, which its file tells by the SHA-256 of its input. What cannot be read is left out
     and stands in `<output>/failures.json`, with norm="batch" together with its group; a later call tries it again.
+    exactly: whether the folder may hold no other images, which is then found before any is projected.
 
     Raises SdaError for wrong folders, weights and settings.
     """
@@ -152,9 +157,10 @@ def align(
     # An image that is not listed would shift all groups after it: then nothing may be wrong with the folder.
     files, listed = (list_images(input), {}) if settings.grouped else find_images(input)
     model = check_align(adm, settings, preset, device)  # wrong settings must fail before the folder is made
-    if Path(output).resolve().is_relative_to(Path(input).resolve()):
-        raise SdaError(f"--output {output} lies in --input {input}: a second call would project projections; move it")
+    require_apart(output, input, "project projections")
     out = open_output(output, "align", align_record(input, adm, settings, model.image_size))
+    if exactly:
+        out.require_no_others([file.key for file in files], SURPLUS)
     batch_size = execution_batch(
         out, settings.batch_size, lambda: make_projection(load_adm(adm, preset).to(device), settings), workers
     )
@@ -200,7 +206,9 @@ def align_record(input: str | Path, adm: str | Path, settings: AlignSettings, im
     """What the manifest says of a projection of `input`, whose own manifest and weights are read for it."""
     origin = {"input": str(Path(input).resolve()), "input_made_with": made_with(input)}
     weights = {"adm": file_sha256(adm)}
-    return {**asdict(settings), "image_size": image_size, **origin, "weights": weights}
+    # Groups across corruptions, as earlier versions formed them, had other norms.
+    grouping = {"norm_groups": "by corruption"} if settings.grouped else {}
+    return {**asdict(settings), **grouping, "image_size": image_size, **origin, "weights": weights}
 
 
 def _make_work(
@@ -217,18 +225,18 @@ def _make_work(
     model = load_adm(adm, preset).to(device)
     project = make_projection(model, settings, batch_size)
     reader = make_reader(settings.decoder, DiffusionCrop(model.image_size), threads)
-    files, sources = {file.key: file for group in groups for file in group}, _sources(groups)
+    files = {file.key: file for group in groups for file in group}
+    group_of = _group_of(groups)
 
-    def load(keys: list[str]) -> tuple[list[str], list[Cropped]]:
-        # Hashed first: of a file that changes in between, the hash is of what the projection was not made of.
-        return [Sources(sources[key]).sha256 for key in keys], reader([files[key] for key in keys])
+    def load(keys: list[str]) -> tuple[list[Source], list[Cropped]]:
+        sources = _sources(group_of)
+        return [sources(key).now for key in keys], reader([files[key] for key in keys])
 
     read, write, done = Prefetcher(load, foreseen), Writer(), projection_done(out, groups, settings)
-    group_of = {file.key: group for group in groups for file in group}
 
     def work(keys: list[str]) -> Failures:
-        digests, images = read(keys)
-        cropped, made_of = dict(zip(keys, images, strict=True)), dict(zip(keys, digests, strict=True))
+        sources, images = read(keys)
+        cropped, made_of = dict(zip(keys, images, strict=True)), dict(zip(keys, sources, strict=True))
         unreadable = {key: str(image) for key, image in cropped.items() if isinstance(image, SdaError)}
         reasons = {key: reason for key in keys if (reason := _reason(key, unreadable, group_of[key]))}
         arrays = {key: a for key, a in cropped.items() if key not in reasons and not isinstance(a, SdaError)}
@@ -259,13 +267,29 @@ def projection_done(
     out: Output, groups: Sequence[Sequence[ImageFile]], settings: AlignSettings
 ) -> Callable[[str], bool]:
     """The test whether the projection of a key is there, whole, and of the inputs as they are now."""
-    suffixes = {file.key: settings.suffix(file) for group in groups for file in group}
-    return made_of_inputs(out, _sources(groups).__getitem__, suffixes.__getitem__)
+    group_of = _group_of(groups)
+
+    def suffix(key: str) -> str:
+        return settings.suffix(next(file for file in group_of[key] if file.key == key))
+
+    return made_of_inputs(out, _sources(group_of), suffix)
 
 
-def _sources(groups: Sequence[Sequence[ImageFile]]) -> dict[str, list[Path]]:
-    """By key, the files that a projection is made of."""
-    return {file.key: [other.path for other in group] for group in groups for file in group}
+GroupOf = Mapping[str, Sequence[ImageFile]]  # by key
+
+
+def _group_of(groups: Sequence[Sequence[ImageFile]]) -> GroupOf:
+    return {file.key: group for group in groups for file in group}
+
+
+def _sources(group_of: GroupOf) -> Callable[[str], Sources]:
+    """By key, the files that a projection is made of; of neighbours in a group, which have the same, read once."""
+
+    @lru_cache(maxsize=1)
+    def of_group(first: str) -> Sources:
+        return Sources([file.path for file in group_of[first]])
+
+    return lambda key: of_group(group_of[key][0].key)
 
 
 def _reason(key: str, unreadable: dict[str, str], group: Sequence[ImageFile]) -> str | None:

@@ -95,7 +95,10 @@ def read_config(path: str | Path) -> RunConfig:
     The tables of studies may stand in the same file (`sda_fast.studies.config`); a run passes over them.
     """
     values = {name: value for name, value in read_values(path).items() if name not in STUDIES}
-    return build(RunConfig, values, str(path))
+    config: RunConfig = build(RunConfig, values, str(path))
+    if not config.evaluate.methods:
+        raise SdaError(f"{path}: [evaluate] methods is empty: name at least one, or leave it out")
+    return config
 
 
 def read_values(path: str | Path) -> dict[str, Any]:

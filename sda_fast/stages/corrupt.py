@@ -28,7 +28,7 @@ from sda_fast.data.corruptions import library_version
 from sda_fast.errors import SdaError
 from sda_fast.stages.batches import Work, plan, run_batches
 from sda_fast.stages.failures import Failures, counting_what_is_done, report_listing, write_failures
-from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output
+from sda_fast.stages.manifest import Output, file_sha256, made_with, open_output, require_apart
 from sda_fast.stages.ranks import alone
 from sda_fast.stages.sources import Sources, made_of_inputs
 
@@ -76,8 +76,7 @@ def corrupt_folder(
     settings = settings or CorruptSettings()
     _check(corruptions, severities, settings)
     files, listed = find_images(input)
-    if Path(output).resolve().is_relative_to(Path(input).resolve()):
-        raise SdaError(f"--output {output} lies in --input {input}: a second call would corrupt again; move it")
+    require_apart(output, input, "corrupt again")
     # Always the same settings, so that further corruptions can be added; what was not used is not asked for.
     library = library_version() if set(corruptions) - {WATERMARK} else None
     out = open_output(output, "corrupt", _recorded(input, settings))
@@ -133,7 +132,7 @@ def _make_work(settings: CorruptSettings, out: Output, files: dict[str, ImageFil
     def work(keys: list[str]) -> Failures:
         variants = [_split(key) for key in keys]
         file = files[variants[0][2]]
-        source = Sources([file.path]).sha256  # before reading: of a file that changes in between, it is another
+        source = Sources([file.path]).now
         (image,) = reader([file])
         if isinstance(image, SdaError):
             return {file.name: str(image)}
@@ -146,7 +145,7 @@ def _make_work(settings: CorruptSettings, out: Output, files: dict[str, ImageFil
 
 
 def _done(out: Output, files: dict[str, ImageFile]) -> Callable[[str], bool]:
-    return made_of_inputs(out, lambda key: [files[_split(key)[2]].path])
+    return made_of_inputs(out, lambda key: Sources([files[_split(key)[2]].path]))
 
 
 def _split(key: str) -> tuple[str, int, str]:

@@ -1,6 +1,7 @@
 """Stage "evaluate": the accuracy of every method on a folder of labelled images and their projections."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from sda_fast.methods.base import Method, predictions
 from sda_fast.methods.ensembles import MODES
 from sda_fast.models import Classifier, load_classifier
 from sda_fast.numerics import plain_float32
-from sda_fast.stages.failures import Failures, report_listing, write_failures
+from sda_fast.stages.failures import Failures, read_failures, report_listing, write_failures
 from sda_fast.stages.manifest import file_sha256, made_with, open_output
 from sda_fast.stages.networks import load_networks, network_files
 from sda_fast.stages.progress import progress
@@ -152,11 +153,12 @@ def evaluate(
     with progress(len(files), f"evaluating {name}", quiet) as reporter:
         for group, members in by_condition(files).items():
             kept = _rows_file(out.folder, group)
+            corruption, severity = describe(group, input)
             if (earlier := _kept(kept, members, pairs)) is not None:
-                rows += earlier
+                rows += [{**row, "corruption": corruption, "severity": severity} for row in earlier]
                 reporter.skip(len(members))
                 continue
-            content = sources_of(members, pairs.values()).sha256  # before they are read
+            made_of = sources_of(members, pairs.values()).now
             usable = [file for file in members if file.name not in failures]
             for method in created:
                 method.reset()
@@ -164,7 +166,6 @@ def evaluate(
                 created, usable, labels, pairs, reader, batch_size, device, reporter.advance
             )
             failures.update(unreadable)
-            corruption, severity = describe(group, input)
             seen = [below_condition(file) for file in usable if file.name not in unreadable]
             group_rows = [
                 make_row(method.title, name, corruption, severity, correct, seen)
@@ -173,7 +174,7 @@ def evaluate(
             ]
             if not any(condition_of(failed) == group for failed in failures):
                 names = [member.name for member in members]
-                write_json({"images": names, "content": content, "rows": group_rows}, kept)
+                write_json({"images": names, **made_of._asdict(), "rows": group_rows}, kept)
             rows += group_rows
     write_json({"settings": settings, "rows": rows}, out.folder / RESULTS)
     write_failures(out.folder, failures)
@@ -196,17 +197,18 @@ def _kept(path: Path, files: Sequence[ImageFile], pairs: Pairs) -> list[dict[str
     """The rows an earlier run kept of these very images, as they are now."""
     try:
         kept = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # or damaged: made anew
         return None
-    if not isinstance(kept, dict) or kept["images"] != [file.name for file in files]:
+    if not isinstance(kept, dict) or "rows" not in kept or kept.get("images") != [file.name for file in files]:
         return None
-    return kept["rows"] if sources_of(files, pairs.values()).made(path, lambda: kept.get("content")) else None
+    mtime_ns = kept.get("mtime_ns", os.stat(path).st_mtime_ns)
+    return kept["rows"] if sources_of(files, pairs.values()).made(mtime_ns, lambda: kept.get("sha256")) else None
 
 
 def sources_of(files: Sequence[ImageFile], projections: Iterable[Mapping[str, ImageFile]]) -> Sources:
     """What rows of images are made of: they and, as far as there are some, their projections by key."""
     projected = [by_key[file.key].path for by_key in projections for file in files if file.key in by_key]
-    return Sources([file.path for file in files] + projected, reading_threads(1))
+    return Sources([file.path for file in files] + projected, reading_threads(1) if len(files) > 1 else 1)
 
 
 def _choose(
@@ -235,25 +237,26 @@ def projections_of(methods: Sequence[str]) -> list[str]:
 
 
 def _pairs(files: Sequence[ImageFile], folder: str | Path, kind: str, failures: Failures) -> dict[str, ImageFile]:
-    """The projection of each image by key; what has no counterpart is added to `failures`."""
+    """The projection of each image by key; images without one are added to `failures`.
+
+    Further projections are passed over: a part of a test set is evaluated with the projections of all of it.
+    """
     option = f"--projection {kind}="
     projected, listed = find_images(folder, option)
     made = (made_with(folder) or {}).get("projection", kind)
     if made != kind:
         raise SdaError(f"--projection {kind}={folder} holds {made} projections: give it as {made}={folder}")
-    by_key = {file.key: file for file in projected}
+    by_key, left_out = {file.key: file for file in projected}, read_failures(folder)
     originals = {file.key for file in files}
     if not originals & by_key.keys():
         pair(files, projected)  # another folder altogether: says so
     where = f"{option}{shown(str(folder))}"
     for name, rest in listed.items():
         failures[f"{option}{name}"] = f"{shown(name)} in {where} {rest}."
-    for file in projected:
-        if file.key not in originals:
-            failures[f"{option}{file.name}"] = f"{shown(file.name)} in {where} has no original: add it or remove this."
     for file in files:
         if file.key not in by_key:
-            failures.setdefault(file.name, f"{shown(file.name)} has no projection in {where}: align it first.")
+            why = f", which left it out: {left_out[file.name]}" if file.name in left_out else ": align it first."
+            failures.setdefault(file.name, f"{shown(file.name)} has no projection in {where}{why}")
     return by_key
 
 

@@ -143,6 +143,17 @@ def open_output(
     return Output(folder, stage, wanted, resumed)
 
 
+def require_apart(
+    output: str | Path, input: str | Path, what: str, *, named: tuple[str, str] = ("--output", "--input")
+) -> None:
+    """Raises SdaError if an output folder lies in the input, where a second call would take it for input too.
+
+    what: ends "a second call would ..."; named: what the message calls the two.
+    """
+    if Path(output).resolve().is_relative_to(Path(input).resolve()):
+        raise SdaError(f"{named[0]} {output} lies in {named[1]} {input}: a second call would {what}; move it")
+
+
 def check_output(
     folder: str | Path, stage: str, settings: Callable[[], Mapping[str, Any] | None], *, option: str = "--output"
 ) -> Output:

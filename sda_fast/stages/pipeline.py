@@ -17,6 +17,7 @@ from sda_fast.stages.config import RunConfig
 from sda_fast.stages.evaluate import check_scoring, create_methods, evaluate, projections_of
 from sda_fast.stages.failures import read_failures
 from sda_fast.stages.finetune import MODEL, finetune
+from sda_fast.stages.manifest import require_apart
 from sda_fast.stages.networks import load_networks, network_files
 from sda_fast.stages.ranks import alone
 from sda_fast.stages.recipes import Recipe, recipe_for
@@ -91,7 +92,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
     adapted: dict[tuple[str, str], Path] = {}
     if adapts(config):
         stages.append(Stage("synthesize", synthesize, {"output": raw, "exactly": True, **synthesis(config)}))
-        both = {"input": raw, "output": aligned}
+        both = {"input": raw, "output": aligned, "exactly": True}
         stages.append(Stage("align", align, {**both, "settings": config.align, **align_all}))
         for data in (aligned, raw) if config.evaluate.ablation else (aligned,):
             for name, path in classifiers.items():
@@ -161,6 +162,10 @@ def check(config: RunConfig) -> None:
     methods = [method_class(name) for name in config.evaluate.methods]
     if not config.classifiers:
         raise SdaError("classifiers is empty: name at least one")
+    for name in config.classifiers:
+        if name in ("", ".", "..") or {"/", "\0"} & set(name):
+            raise SdaError(f"classifiers: {name!r} cannot name a folder: leave out slashes and dots alone")
+    require_apart(config.output, config.target, "take results for images", named=("output", "target"))
     for kind, settings in (("dda", config.align), ("diffpure", config.diffpure)):
         if settings.projection != kind:
             table = "align" if kind == "dda" else "diffpure"

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
-from sda_fast.data import source_of
+from sda_fast.data import Source, source_of
 from sda_fast.errors import SdaError
 from sda_fast.stages.manifest import Output, file_sha256
 
@@ -19,6 +19,14 @@ class Sources:
         self.paths, self._threads = paths, threads
 
     @cached_property
+    def mtime_ns(self) -> int:
+        """When the last of them was written, in nanoseconds; -1 if one is not there."""
+        try:
+            return max((os.stat(path).st_mtime_ns for path in self.paths), default=-1)
+        except OSError:
+            return -1
+
+    @cached_property
     def sha256(self) -> str:
         """Of one file its SHA-256, of several that of all theirs in order; one that cannot be read counts as such."""
         if self._threads > 1 and len(self.paths) > 1:
@@ -28,28 +36,32 @@ class Sources:
             digests = [_sha256(path) for path in self.paths]
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
-    def made(self, result: Path, recorded: Callable[[], str | None]) -> bool:
-        """Whether `result`, made when `sha256` was what is `recorded`, would be made of the same again.
+    @property
+    def now(self) -> Source:
+        """What to keep with a result, taken before the files are read: of one changed in between, it is another."""
+        mtime_ns = self.mtime_ns  # first, for the same reason
+        return Source(self.sha256, mtime_ns)
 
-        The files are read only if one of them was written, moved or copied after the result: their times alone cannot
-        say then. A result of which nothing is recorded passes only if all of them are older. That a file was changed
-        while the result was being made is not noticed.
+    def made(self, mtime_ns: int, sha256: Callable[[], str | None]) -> bool:
+        """Whether a result of which these are kept would be made of the same again.
+
+        The files are read only if their time is another one. Where no hash was kept, by an earlier version, the result
+        passes if `mtime_ns`, its own then, is later than theirs.
         """
-        return self._changed < os.stat(result).st_mtime_ns or recorded() == self.sha256
-
-    @cached_property
-    def _changed(self) -> int:
-        return max(map(_changed, self.paths), default=-1)
+        if mtime_ns == self.mtime_ns:
+            return True
+        kept = sha256()
+        return mtime_ns > self.mtime_ns if kept is None else kept == self.sha256
 
 
 def made_of_inputs(
-    out: Output, sources: Callable[[str], Sequence[Path]], suffix: Callable[[str], str] = lambda key: ".png"
+    out: Output, sources: Callable[[str], Sources], suffix: Callable[[str], str] = lambda key: ".png"
 ) -> Callable[[str], bool]:
     """The test whether the image of a key is in an output folder, whole, and of its sources as they are now."""
 
     def done(key: str) -> bool:
         path = out.path(key, suffix(key))
-        return out.done(key, suffix(key)) and Sources(sources(key)).made(path, lambda: source_of(path))
+        return out.done(key, suffix(key)) and sources(key).made(os.stat(path).st_mtime_ns, lambda: source_of(path))
 
     return done
 
@@ -59,13 +71,3 @@ def _sha256(path: Path) -> str:
         return file_sha256(path)
     except SdaError:
         return "unreadable"
-
-
-def _changed(path: Path) -> int:
-    """When a file got its content or its name, in nanoseconds; -1 if it is not there."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return -1
-    # Unpacking and copying can give a file an old time of writing, but not of its entry in the file system.
-    return max(status.st_mtime_ns, status.st_ctime_ns)

@@ -54,7 +54,7 @@ def synthetic_images(
     with _timed(config, stage, config.workers) as made:
         done = synthesize(raw, **arguments, exactly=True, device=config.device, workers=config.workers, quiet=quiet)
         made.append(done["synthesized"])
-    _align(config, raw, aligned, config.align, stage.replace("synthesize", "align"), log, quiet)
+    _align(config, raw, aligned, config.align, stage.replace("synthesize", "align"), log, quiet, exactly=True)
     return raw, aligned
 
 
@@ -105,7 +105,14 @@ def seconds_per_stage(config: StudyConfig) -> dict[str, dict[str, float]]:
 
 
 def _align(
-    config: StudyConfig, source: str | Path, folder: Path, settings: Any, stage: str, log: Log, quiet: bool | None
+    config: StudyConfig,
+    source: str | Path,
+    folder: Path,
+    settings: Any,
+    stage: str,
+    log: Log,
+    quiet: bool | None,
+    exactly: bool = False,
 ) -> None:
     log(stage)
     adm = weights_path(config.adm)
@@ -116,6 +123,7 @@ def _align(
             adm,
             settings,
             preset=config.adm_preset,
+            exactly=exactly,
             device=config.device,
             workers=config.workers,
             quiet=quiet,

@@ -1,10 +1,10 @@
 """Rows of a study: every contender under every corruption and stream, shared by processes, kept as they are made."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sda_fast.data import (
     EvaluationCrop,
     ImageFile,
     Prefetcher,
+    Source,
     below_condition,
     by_condition,
     describe,
@@ -43,21 +44,22 @@ from sda_fast.studies.streams import NO_STREAM, Stream, segments
 
 SAVE_EVERY = 60.0  # seconds
 Groups = Mapping[str, list[ImageFile]]
-Show = Callable[[list[str]], tuple[Tensor, Tensor | None]]  # keys to images and projections [N, 3, S, S] in [-1, 1]
+# Keys to images and projections [N, 3, S, S] in [-1, 1], and what each image's pair was read from.
+Show = Callable[[list[str]], tuple[Tensor, Tensor | None, list[Source]]]
 
 
 @dataclass(frozen=True)
 class Job:
     """A part of the work that is done in one piece: a contender, a stream (None: any) and the corruptions in it.
 
-    path: the file that keeps what came out; content: by image, the SHA-256 of what is looked at.
+    path: the file that keeps what came out; changed: the images that are no longer what it says of them.
     """
 
     contender: Contender
     stream: Stream | None
     groups: tuple[str, ...]
     path: Path
-    content: Mapping[str, str] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()
 
 
 def score(
@@ -78,11 +80,8 @@ def score(
     groups = corrupted_groups(config)
     jobs = [job for c in contenders for job in _jobs(config, study, c, groups, projections, streams)]
     sources = _sources(jobs, groups, projections)
-    left = {
-        str(job.path): replace(job, content={key: one.sha256 for key, one in of.items()})
-        for job, of in zip(jobs, sources, strict=True)
-        if not _is_done(job, of)
-    }
+    jobs = [replace(job, changed=_changed(job, of)) for job, of in zip(jobs, sources, strict=True)]
+    left = {str(job.path): job for job in jobs if not _is_done(job, groups)}
     by_cost = sorted(left.items(), key=lambda item: -item[1].contender.evaluations * _images(item[1], groups))
     run_batches(
         # A batch is a job's name, once for each of its images, which is what progress counts.
@@ -138,23 +137,24 @@ def _files(job: Job, groups: Groups) -> list[ImageFile]:
 def _kept(job: Job) -> dict[str, Any]:
     """What stands on disk of a job: whether each image, by key, was classified rightly, and the seconds it took."""
     try:
-        return {"content": {}, **json.loads(job.path.read_text(encoding="utf-8"))}
+        kept = {"sources": {}, **json.loads(job.path.read_text(encoding="utf-8"))}
     except FileNotFoundError:
-        return _nothing(job)
-    except (OSError, ValueError) as error:
+        return _nothing()
+    except (OSError, ValueError, TypeError) as error:
         raise SdaError(f"{job.path} cannot be read ({error}): delete it and give the same command again") from error
+    if lacking := {"seconds", "timed", "right"} - kept.keys():
+        raise SdaError(f"{job.path} lacks {min(lacking)!r}: delete it and give the same command again")
+    return kept
 
 
-def _nothing(job: Job) -> dict[str, Any]:
-    return {"content": job.content, "seconds": 0.0, "timed": 0, "right": {}}
+def _nothing() -> dict[str, Any]:
+    return {"sources": {}, "seconds": 0.0, "timed": 0, "right": {}}
 
 
 def _still_right(job: Job) -> dict[str, Any]:
     """What stands on disk without the images that have changed since."""
     kept = _kept(job)
-    then, now = kept["content"], {**kept["content"], **job.content}
-    right = {key: value for key, value in kept["right"].items() if then.get(key) == now.get(key)}
-    return {**kept, "content": now, "right": right}
+    return {**kept, "right": {key: value for key, value in kept["right"].items() if key not in job.changed}}
 
 
 def _sources(jobs: Sequence[Job], groups: Groups, projections: Mapping[str, Path]) -> list[dict[str, Sources]]:
@@ -171,11 +171,24 @@ def _sources(jobs: Sequence[Job], groups: Groups, projections: Mapping[str, Path
     return of_jobs
 
 
-def _is_done(job: Job, sources: Mapping[str, Sources]) -> bool:
+def _changed(job: Job, sources: Mapping[str, Sources]) -> frozenset[str]:
+    """The images that are no longer what the results say, their projections included."""
     kept = _kept(job)
-    there, then = kept["right"].keys(), kept["content"]
-    complete = there >= sources.keys() if job.stream is None else there == sources.keys()
-    return complete and all(of.made(job.path, partial(then.get, key)) for key, of in sources.items())
+    right, said = kept["right"], kept["sources"]
+    own = os.stat(job.path).st_mtime_ns if right else 0
+    unknown = Source("", own)
+
+    def same(key: str) -> bool:
+        then = Source(*said[key]) if key in said else unknown
+        return sources[key].made(then.mtime_ns, lambda: then.sha256 or None)
+
+    return frozenset(key for key in right if key in sources and not same(key))
+
+
+def _is_done(job: Job, groups: Groups) -> bool:
+    there, wanted = _kept(job)["right"].keys(), {file.key for file in _files(job, groups)}
+    complete = there >= wanted if job.stream is None else there == wanted
+    return complete and not job.changed
 
 
 def _rows(job: Job, groups: Groups, root: str) -> list[Row]:
@@ -204,7 +217,7 @@ def _make_work(config: StudyConfig, projections: Mapping[str, Path], jobs: Mappi
             size = images_at_once(config, job.contender)
             parts = [[missing[i : i + size] for i in range(0, len(missing), size)]]
         else:
-            kept = _nothing(job)
+            kept = _nothing()
             parts = segments(job.stream, {name: groups[name] for name in job.groups}, config.compare.seed)
         keys = [[[file.key for file in batch] for batch in part] for part in parts]
         folder = projections[tta.projection] if tta.projection else None
@@ -235,13 +248,14 @@ def _see(
     for part in parts:
         tta.reset()
         for batch in part:
-            images, projected = show(batch)
+            images, projected, sources = show(batch)
             begun = clock()
             with plain_float32(torch.device(device)):
                 scores = tta(images, projected, [identity("evaluate", key) for key in batch])
             predicted = predictions(tta, scores).tolist()
             kept["seconds"] += clock() - begun
             kept["timed"] += len(batch)
+            kept["sources"].update(zip(batch, sources, strict=True))
             kept["right"].update({key: int(k == labels[key]) for key, k in zip(batch, predicted, strict=True)})
             if path is not None and time.monotonic() - saved > SAVE_EVERY:
                 write_json(kept, path)
@@ -263,8 +277,9 @@ def _make_show(config: StudyConfig, source: Classifier, files: Sequence[ImageFil
             arrays.append(image)
         return to_unit(np.stack(arrays), config.device)
 
-    def show(keys: list[str]) -> tuple[Tensor, Tensor | None]:
+    def show(keys: list[str]) -> tuple[Tensor, Tensor | None, list[Source]]:
+        sources = [sources_of([originals[key]], [projected]).now for key in keys]
         images = read([originals[key] for key in keys])
-        return images, None if folder is None else read([projected[key] for key in keys])
+        return images, None if folder is None else read([projected[key] for key in keys]), sources
 
     return show

@@ -57,8 +57,12 @@ def test_debug_shows_where_a_mistake_was_noticed(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c(tmp_path, tiny, images, pictures, workers):
-    """The whole process group is told, as from a terminal; the run goes on later as if nothing had been."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
+def test_interrupted(tmp_path, tiny, images, pictures, workers, number, code):
+    """By a terminal, which tells the whole process group, and by a batch system, which may tell the command alone.
+
+    The run goes on later as if nothing had been.
+    """
     settings = AlignSettings(respacing="100", start=60, batch_size=2)
     arguments = ["align", "-i", images, "-o", tmp_path / "out", "--adm", tiny.adm, "--workers", workers]
     arguments += ["--start", "60", "--batch-size", "2"]
@@ -71,9 +75,12 @@ def test_ctrl_c(tmp_path, tiny, images, pictures, workers):
     )
     while not pictures(tmp_path / "out") and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (code, "")
     assert err == "sda-fast: interrupted; the same command goes on from here.\n"
     assert 0 < len(pictures(tmp_path / "out")) < 8
     if workers == 1:

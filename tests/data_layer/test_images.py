@@ -8,6 +8,8 @@ from PIL import Image
 
 from sda_fast.data import (
     ImageFile,
+    Source,
+    find_images,
     identity,
     label_indices,
     list_images,
@@ -82,12 +84,23 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     fill(tmp_path, "in/a/1.png", "elsewhere/2.png")
     (tmp_path / "in" / "b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in" / "a" / "up").symlink_to(tmp_path / "in")
-    (tmp_path / "in" / "self").symlink_to("self")
     (tmp_path / "in" / "gone.png").symlink_to("nowhere")
     files = list_images(tmp_path / "in")
     assert [f.name for f in files] == ["a/1.png", "b/2.png", "gone.png"]
     with pytest.raises(SdaError, match=r"gone\.png cannot be read"):
         read_image(files[2].path)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "motion_blur"])  # the latter is itself
+def test_links_that_were_folders_are_named(tmp_path, target):
+    """A whole corruption would be missing from a table without a word."""
+    fill(tmp_path, "in/fog/1.png")
+    (tmp_path / "in" / "motion_blur").symlink_to(target)
+    files, failures = find_images(tmp_path / "in")
+    assert [f.name for f in files] == ["fog/1.png"]
+    assert failures == {"motion_blur/": "is a link that leads nowhere: mend or remove it"}
+    with pytest.raises(SdaError, match="in holds motion_blur/, which is a link that leads nowhere: mend or remove it"):
+        list_images(tmp_path / "in")
 
 
 def test_missing_or_empty_folders_are_named(tmp_path):
@@ -223,7 +236,8 @@ def test_writing_is_repeatable_and_leaves_nothing_else(tmp_path):
 def test_an_image_says_what_it_was_made_of(tmp_path, write, suffix):
     plain, path = tmp_path / f"plain{suffix}", tmp_path / f"made{suffix}"
     write(ARRAY, plain)
-    write(ARRAY, path, "0123456789abcdef" * 4)
+    write(ARRAY, path, Source("0123456789abcdef" * 4, 1_234_567_890_123_456_789))
+    assert path.stat().st_mtime_ns == 1_234_567_890_123_456_789
     assert (source_of(plain), source_of(path)) == (None, "0123456789abcdef" * 4)
     np.testing.assert_array_equal(read_image(path), read_image(plain))
     with pytest.raises(OSError):

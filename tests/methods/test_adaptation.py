@@ -83,6 +83,7 @@ def test_the_published_rate_in_another_size(tiny):
         ({"fill": [128, 128]}, r"method memo: fill = \[128, 128\] is of another type; give a list of 3 whole numbers"),
         ({"prior": "none"}, "method memo: prior = 'none' is of another type; give a number"),
         ({"leak_optimizer_state": 1}, "method memo: leak_optimizer_state = 1 is of another type; give true or false"),
+        ({"fill": [256, 0, 0]}, r"fill=\(256, 0, 0\) is out of range: give three numbers from 0 to 255"),
         ({"optimizer": "sgd"}, "method memo: optimizer cannot be given here, only from Python: leave it out"),
         ({"projector": "dda"}, "method memo: projector cannot be given here, only from Python: leave it out"),
         ({"view": 8}, "method memo: got an unexpected keyword argument 'view'; it takes model, projector, views"),

@@ -175,5 +175,8 @@ def test_wrong_use(models, tiny):
         gda(models, views=0)
     with pytest.raises(SdaError, match="GDA has no term 'clip'; choose from marginal, pixel, patch, style, content"):
         gda(models, weights={"clip": 1.0})
+    for weight in (-1.0, math.nan, math.inf):
+        with pytest.raises(SdaError, match=f"the weight {weight} of GDA's patch is out of range: give 0 or more"):
+            gda(models, weights={"patch": weight})
     with pytest.raises(SdaError, match="class-conditional; GDA needs an unconditional one"):
         gda((models[0], load_adm(tiny.save("adm", "conditional-gda", num_classes=3))))

@@ -97,13 +97,13 @@ def test_mean_of_copies_is_no_narrower():
     assert mean.high - mean.low >= once[1] - once[0]
 
 
-def test_mean_over_different_test_sets_is_stratified():
+def test_mean_over_different_test_sets_is_bounded():
     a, b = np.arange(300) % 2 > 0, np.arange(100) % 4 > 0
     rows = [make_row("SDA", "resnet", "fog", 3, a), make_row("SDA", "resnet", "snow", 3, b)]
     mean = mean_interval(rows)
-    assert mean.how == "stratified by corruption"
+    assert mean.how == "bounded over corruptions"
     assert mean.mean == pytest.approx((0.5 + 0.75) / 2)
-    half = NormalDist().inv_cdf(0.975) * math.sqrt(0.25 / 300 + 0.1875 / 100) / 2
+    half = NormalDist().inv_cdf(0.975) * (math.sqrt(0.25 / 300) + math.sqrt(0.1875 / 100)) / 2
     assert (mean.high - mean.low) / 2 == pytest.approx(half, rel=0.02)
 
 
@@ -246,22 +246,49 @@ def test_as_many_but_other_images_are_not_clustered():
     names = [[str(i) for i in range(50)]] * 3 + [[str(i) for i in range(1, 51)]]
     assert mean_interval(rows_of("SDA", outcomes)).how == "clustered by image"
     assert mean_interval(named("SDA", outcomes, names[:1] * 4)).how == "clustered by image"
-    assert mean_interval(named("SDA", outcomes, names)).how == "stratified by corruption"
+    assert mean_interval(named("SDA", outcomes, names)).how == "bounded over corruptions"
 
 
 def test_pooled_over_different_images_by_hand():
-    """Differences of mean 1/4 and 1/2, sample variances 11/12 over 4 images and 1/2 over 2."""
+    """Differences of mean 1/4 and 1/2, sample variances 11/12 over 4 images and 1/2 over 2; the errors' mean."""
     a, b = [[1, 1, 0, 0], [1, 0]], [[0, 0, 0, 1], [0, 0]]
     names = [["1", "2", "3", "4"], ["1", "2"]]
-    test = paired_over_corruptions(named("SDA", a, names), named("DDA", b, names), confidence=0.8)
-    error = math.sqrt((11 / 12) / 4 + (1 / 2) / 2) / 2
-    assert (test.test, test.images, test.corruptions, test.b, test.c) == ("z over strata", 6, 2, 3, 1)
+    test = paired_over_corruptions(named("SDA", a, names), named("DDA", b, names), confidence=0.6)
+    error = (math.sqrt(11 / 12 / 4) + math.sqrt(1 / 2 / 2)) / 2
+    z = NormalDist().inv_cdf(0.8)
+    assert (test.test, test.images, test.corruptions, test.b, test.c) == ("z, bounded", 6, 2, 3, 1)
     assert test.difference == pytest.approx(0.375)
-    assert test.high == pytest.approx(0.375 + 1.2815515655 * error)
-    assert test.low == pytest.approx(0.375 - 1.2815515655 * error)
+    assert (test.low, test.high) == (pytest.approx(0.375 - z * error), pytest.approx(0.375 + z * error))
     assert test.p == pytest.approx(2 * NormalDist().cdf(-0.375 / error))
-    single = paired_over_corruptions(named("SDA", [[1, 1], [1]], [["1", "2"], ["1"]]), rows_of("DDA", [[0, 1], [0]]))
-    assert (single.low, single.high, single.p) == (-1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "found"),
+    [
+        ([[1, 1], [1]], [[0, 1], [0]], (-1.0, 1.0, 1.0)),  # of one image nothing is known
+        ([[1, 1], [0, 1, 1]], [[0, 0], [0, 1, 1]], (-1.0, 1.0, 1.0)),  # nor of images that all agree
+        ([[1, 0], [0, 1, 1]], [[1, 0], [0, 1, 1]], (0.0, 0.0, 1.0)),
+    ],
+)
+def test_pooled_over_different_images_without_spread(a, b, found):
+    names = [[str(i) for i in range(len(line))] for line in a]
+    test = paired_over_corruptions(named("SDA", a, names), named("DDA", b, names))
+    assert (test.low, test.high, test.p) == found
+
+
+def test_a_missing_image_makes_nothing_surer():
+    """Outcomes that are the same under every corruption, the worst case; one image could not be read under one."""
+    rng, rejected, widths = np.random.default_rng(0), 0, []
+    names = [[str(i) for i in range(200)]] * 4 + [[str(i) for i in range(1, 200)]]
+    for _ in range(300):
+        a, b = rng.random((2, 200)) < 0.6
+        rows = [named(m, [line] * 4 + [line[1:]], names) for m, line in (("SDA", a), ("DDA", b))]
+        rejected += paired_over_corruptions(*rows).p < 0.05
+        bounded, alone = mean_interval(rows[0]), mean_interval(rows[0][:4])
+        assert (bounded.how, alone.how) == ("bounded over corruptions", "clustered by image")
+        widths.append((bounded.high - bounded.low) / (alone.high - alone.low))
+    assert rejected / 300 < 0.08
+    assert 0.97 < min(widths) < max(widths) < 1.03
 
 
 def test_methods_on_other_images_are_not_paired():

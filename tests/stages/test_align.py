@@ -244,6 +244,7 @@ def test_the_manifest_says_what_was_done(tmp_path, images, tiny, settings):
         "factor": 4,
         "scale": 6.0,
         "norm": settings.norm,
+        **({"norm_groups": "by corruption"} if settings is BATCH else {}),
         "norm_group": settings.norm_group,
         "jacobian_free": False,
         "engine": "eager",

@@ -13,7 +13,7 @@ from sda_fast.models import load_classifier
 from sda_fast.stages import evaluate as stage
 from sda_fast.stages.align import AlignSettings, align
 from sda_fast.stages.evaluate import evaluate
-from sda_fast.stages.failures import read_failures
+from sda_fast.stages.failures import read_failures, write_failures
 from sda_fast.statistics import wilson_interval
 
 CLASSES = ("ant", "bee", "cow")
@@ -200,21 +200,45 @@ def test_pairs_go_by_path_whatever_the_suffix(tree):
     assert outcomes(score(tree)) == EXPECTED
 
 
-def test_a_missing_counterpart_and_one_too_many_are_named(tree):
+def test_a_missing_counterpart_is_named_and_one_too_many_passed_over(tree):
     path = tree / "dda" / "fog" / "3" / "ant" / "1.png"
     path.rename(path.with_name("7.png"))
     without = {key: line[1:] if key[1] == "fog" else line for key, line in EXPECTED.items()}
     assert outcomes(score(tree)) == without
     where = f"--projection dda={tree / 'dda'}"
     missing = {"fog/3/ant/1.png": f"fog/3/ant/1.png has no projection in {where}: align it first."}
-    extra = {"--projection dda=fog/3/ant/7.png": f"fog/3/ant/7.png in {where} has no original: add it or remove this."}
-    assert read_failures(tree / "out") == {**missing, **extra}
+    assert read_failures(tree / "out") == missing
     shutil.copy(path.with_name("7.png"), path)
     assert outcomes(score(tree)) == EXPECTED
-    assert read_failures(tree / "out") == extra
-    path.with_name("7.png").unlink()
-    assert outcomes(score(tree)) == EXPECTED
     assert not (tree / "out" / "failures.json").exists()
+
+
+def test_why_there_is_no_projection_is_said(tree):
+    (tree / "dda" / "fog/3/ant/1.png").unlink()
+    write_failures(tree / "dda", {"fog/3/ant/1.png": "fog/3/ant/1.png is not an image: replace or remove it."})
+    score(tree)
+    (reason,) = read_failures(tree / "out").values()
+    assert reason.endswith(f"{tree / 'dda'}, which left it out: fog/3/ant/1.png is not an image: replace or remove it.")
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"images": 3}', '{"images": ["fog/3/ant/1.png"]}', "\x00"])
+def test_damaged_rows_are_made_again(tree, damage):
+    expected = score(tree)
+    (tree / "out" / "rows" / "fog" / "3.json").write_text(damage)
+    assert score(tree) == expected
+
+
+def test_without_any_image_the_tables_of_before_are_gone(tree, cli, tiny, write_images):
+    folder = write_images(tree / "few", ["ant/1.png", "bee/1.png"])
+    command = ("evaluate", "-i", folder, "-o", tree / "few-out", "--model", tiny.resnet)
+    assert cli(*command).code == 0
+    assert {"results.md", "results.csv"} <= {path.name for path in (tree / "few-out").iterdir()}
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"")
+    said = cli(*command)
+    assert (said.code, said.out) == (3, "No image could be scored.\n")
+    assert not {"results.md", "results.csv"} & {path.name for path in (tree / "few-out").iterdir()}
+    assert json.loads((tree / "few-out" / "results.json").read_text())["rows"] == []
 
 
 def test_a_folder_of_other_images_is_refused(tree):

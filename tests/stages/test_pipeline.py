@@ -1,4 +1,5 @@
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -180,6 +181,11 @@ def test_synthetic_images_that_the_settings_do_not_ask_for_are_refused(tmp_path,
         message = "raw holds 3 images that these settings do not ask for, such as ant/00001.png: give"
         assert message in said.err.splitlines()[-1]
     assert pictures(tmp_path / "out") == made
+    shutil.rmtree(tmp_path / "out" / "synthetic" / "raw")
+    said = run(fewer)
+    assert said.code == 2
+    assert "aligned holds 3 images that these settings do not ask for, such as ant/00001.png: what they" in said.err
+    assert "aligned holds 3 images that" in run(fewer, "--dry-run").err
 
 
 def test_methods_that_need_no_adaptation_synthesize_nothing(tmp_path, config, run):
@@ -233,6 +239,9 @@ def test_classes_of_the_dit_that_a_classifier_does_not_know(tmp_path, config, ru
         ("ablation = true", "seed = 1\n[evaluate.options.memo]", "options are given for method memo, which is"),
         ("ablation = true", 'methods = ["memo"]\noptions = {memo = {view = 2}}', "method memo: got an unexpected"),
         ("ablation = true", 'methods = ["gda"]\noptions = {gda = {start = 99}}', "start=99 is out of range"),
+        ("ablation = true", "methods = []", "[evaluate] methods is empty: name at least one, or leave it out"),
+        ("resnet = ", '"../resnet" = ', "classifiers: '../resnet' cannot name a folder: leave out slashes"),
+        ("resnet = ", '".." = ', "classifiers: '..' cannot name a folder: leave out slashes"),
         ("start = 5", "strat = 5", "[align]: unknown key 'strat'; did you mean start?"),
     ],
 )
@@ -244,6 +253,16 @@ def test_what_would_fail_later_fails_at_once(tmp_path, config, run, old, new, me
     assert said.out == ""
     assert "Traceback" not in said.err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_inside_the_target_is_refused_at_once(tmp_path, config, run):
+    inside = config.replace(f'output = "{tmp_path / "out"}"', f'output = "{tmp_path / "target" / "out"}"')
+    for options in ([], ["--dry-run"]):
+        said = run(inside, *options)
+        assert said.code == 2
+        assert "target/out lies in target " in said.err
+        assert "a second call would take results for images; move it" in said.err
+    assert not (tmp_path / "target" / "out").exists()
 
 
 def test_target_classes_the_models_do_not_know(config, run, tmp_path, write_images):

@@ -8,7 +8,10 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from sda_fast.data import source_of
+from sda_fast.data import read_image, source_of, write_png
+from sda_fast.errors import SdaError
+from sda_fast.stages import align as stage
+from sda_fast.stages import sources
 from sda_fast.stages.align import AlignSettings, align
 from sda_fast.stages.corrupt import CorruptSettings, corrupt_folder
 from sda_fast.stages.evaluate import evaluate
@@ -70,12 +73,42 @@ def test_files_with_other_times_and_the_same_content_are_left_alone(tmp_path, im
     assert times(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, BATCH], ids=["image", "batch"])
+def test_files_are_read_only_where_their_time_is_another(tmp_path, images, tiny, monkeypatch, settings):
+    align(images, tmp_path / "out", tiny.adm, settings)
+    read = []
+    monkeypatch.setattr(sources, "file_sha256", lambda path: read.append(path) or file_sha256(path))
+    copied = tmp_path / "scratch"
+    shutil.copytree(images, copied)  # with its times
+    shutil.rmtree(images)
+    shutil.move(copied, images)
+    align(images, tmp_path / "out", tiny.adm, settings)
+    assert read == []
+    os.utime(images / "fog/3/a/1.png")
+    align(images, tmp_path / "out", tiny.adm, settings)
+    expected = ["fog/3/a/1.png"] if settings is SETTINGS else ["fog/3/a/1.png", "fog/3/a/2.jpg"]
+    assert sorted(path.relative_to(images).as_posix() for path in read) == expected
+
+
 def test_a_changed_image_with_an_old_time_is_noticed(tmp_path, images, tiny):
     """As `cp -p` and archives leave it."""
     align(images, tmp_path / "out", tiny.adm, SETTINGS)
     turn(images / "fog/3/a/1.png")
     os.utime(images / "fog/3/a/1.png", (0, 0))
     assert align(images, tmp_path / "out", tiny.adm, SETTINGS)["projected"] == 1
+
+
+def test_an_image_that_changes_while_it_is_projected_is_noticed(tmp_path, images, tiny, monkeypatch):
+    quantised = stage.to_uint8
+
+    def meanwhile(*arguments):
+        turn(images / "fog/3/a/1.png")
+        return quantised(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "to_uint8", meanwhile)
+        align(images, tmp_path / "out", tiny.adm, replace(SETTINGS, batch_size=6))
+    assert align(images, tmp_path / "out", tiny.adm, replace(SETTINGS, batch_size=6))["projected"] == 1
 
 
 def test_a_norm_group_keeps_to_its_corruption(tmp_path, images, tiny, pictures):
@@ -114,7 +147,7 @@ def test_rows_of_changed_images_are_made_anew(tmp_path, tiny, write_images, fold
         root = tmp_path / out / "rows"
         rows = {path.relative_to(root).as_posix(): path for path in root.rglob("*.json")}
         written = {name: path.stat().st_mtime_ns for name, path in rows.items()}
-        return written, {name: json.loads(path.read_text()) for name, path in rows.items()}
+        return written, {name: json.loads(path.read_text())["rows"] for name, path in rows.items()}
 
     before, first = run("out")
     for name in ("ant/1", "ant/2", "bee/1", "bee/2"):
@@ -128,16 +161,40 @@ def test_rows_of_changed_images_are_made_anew(tmp_path, tiny, write_images, fold
 
 def test_a_result_of_which_nothing_is_recorded(tmp_path):
     """One that an earlier version made: it holds as long as its sources are older."""
-    source, result = tmp_path / "source", tmp_path / "result"
+    source = tmp_path / "source"
     source.write_text("one")
-    result.write_text("made")
-    nanoseconds = source.stat().st_ctime_ns
-    for later, made in ((1, True), (0, False), (-1, False)):
-        os.utime(result, ns=(nanoseconds + later, nanoseconds + later))
-        assert Sources([source]).made(result, lambda: None) is made
-        assert Sources([source]).made(result, lambda: file_sha256(source))
+    written = source.stat().st_mtime_ns
+    for later, made in ((1, True), (-1, False)):
+        assert Sources([source]).made(written + later, lambda: None) is made
+        assert Sources([source]).made(written + later, lambda: file_sha256(source))
+        assert not Sources([source]).made(written + later, lambda: "another")
+    assert Sources([source]).now == (file_sha256(source), written)
+    assert Sources([source, tmp_path / "missing"]).mtime_ns == -1
     assert Sources([source, tmp_path / "missing"]).sha256 != Sources([source]).sha256
     assert Sources([source] * 3).sha256 == Sources([source] * 3, threads=2).sha256
+
+
+def test_projections_of_an_earlier_version_go_on(tmp_path, images, tiny, pictures):
+    """Nothing in the file, and a time of its own."""
+    align(images, tmp_path / "out", tiny.adm, SETTINGS)
+    for path in (tmp_path / "out").rglob("*.png"):
+        write_png(read_image(path), path)
+    before = pictures(tmp_path / "out")
+    for name in NAMES:
+        (images / name).chmod(0o600)
+    assert align(images, tmp_path / "out", tiny.adm, SETTINGS)["projected"] == 0
+    assert pictures(tmp_path / "out") == before
+
+
+def test_norm_groups_of_an_earlier_version_are_not_mixed_in(tmp_path, images, tiny):
+    """They ran across corruptions."""
+    align(images, tmp_path / "out", tiny.adm, BATCH)
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]["norm_groups"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(SdaError, match=r'made with norm_groups = \(absent\), this run has norm_groups = "'):
+        align(images, tmp_path / "out", tiny.adm, BATCH)
 
 
 def test_projections_say_what_they_were_made_of(tmp_path, images, tiny):
