@@ -13,6 +13,12 @@ OUT ?= build/gpu
 DEVICE ?= cuda
 TINY ?=
 K ?=
+# Kernels are compiled in the tests' processes, so several finish sooner where pytest-xdist is. Interrupted in time, pytest still
+# tells what failed.
+PYTEST ?= $(shell $(PYTHON) -c "import importlib.util as i; print('-n 8 --dist worksteal' if i.find_spec('xdist') and '$(DEVICE)' == 'cuda' else '')")
+SECONDS_test ?= 570
+CAPABILITY ?= $(shell $(PYTHON) -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")
+MINUTES ?= 5
 PARTS_ops := ops-test ops-bench ops-sanitize
 PARTS_data := data_layer-test data-bench data-pipeline
 PARTS_engines := engines-test engines-adm engines-dit
@@ -27,7 +33,7 @@ help:
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  cost of a projected patch and of every operator on this CPU; rows and plots in build/bench"
 	@echo "make gpu    [PART=ops|engines|data|ops-test|...|all] [OUT=folder] tests and benchmarks on this machine's GPU;"
-	@echo "            [K=words] of the tests those that pytest -k selects"
+	@echo "            [K=words] of the tests those that pytest -k selects; [MINUTES=5] after which no measurement begins"
 	@echo "make venv   only set up .venv (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean  remove what was built"
 
@@ -77,11 +83,12 @@ gpu: gpu-install
 gpu-install:
 ifeq ($(DEVICE),cuda)
 	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch finds no NVIDIA GPU here')"
-	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --config-settings=build-dir=build/gpu-wheel .
+	@echo "Compiling for this GPU alone (sm_$(CAPABILITY))."
+	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --config-settings=build-dir=build/gpu-wheel --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CAPABILITY) .
 endif
 
 gpu-%-test:
-	$(PYTHON) -P -m pytest -m gpu $(if $(K),-k "$(K)") --durations 5 tests/$(filter-out all,$*)
+	timeout -s INT $(SECONDS_test) $(PYTHON) -P -m pytest -m gpu $(if $(K),-k "$(K)") $(PYTEST) --durations 5 tests/$(filter-out all,$*)
 
 # Two targets, so that the second runs where the first fails.
 gpu-projection-bench: gpu-projection-eager gpu-projection-inductor
@@ -104,9 +111,9 @@ gpu-ops-bench:
 gpu-ops-sanitize:
 	$(PYTHON) benchmarks/sanitize.py --device $(DEVICE)
 
-# What a call leaves undone after seven minutes, it names; the next call goes on.
+# What a call leaves undone after MINUTES, it names; the next call goes on.
 gpu-engines-adm gpu-engines-dit: gpu-engines-%:
-	$(PYTHON) benchmarks/engines.py --model $* --device $(DEVICE) $(if $(TINY),--tiny) --output $(OUT)
+	$(PYTHON) benchmarks/engines.py --model $* --device $(DEVICE) $(if $(TINY),--tiny) --minutes $(MINUTES) --output $(OUT)
 
 clean:
 	rm -rf build dist .venv/.installed .mypy_cache .pytest_cache .ruff_cache

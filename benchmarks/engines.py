@@ -13,6 +13,7 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def main() -> None:
     file = options.output / f"engines-{options.model}{'-tiny' if options.tiny else ''}.jsonl"
     preset = "tiny" if options.tiny else PRESETS[options.model]
     here = environment(options.device, ROOT)
-    done = [key(json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = [key(row) for row in rows if "failed" not in row]
     asked = configurations(options.model, options.device, options.tiny)
     todo = [c for c in asked if key({"asked": asdict(c), **here}) not in done]
     model = random_model(*TINY[options.model]) if options.tiny else load_model(preset)
@@ -101,7 +103,7 @@ def measure(model: Any, preset: str, asked: Configuration, device: str, repeats:
     try:
         return bench_step(model, preset, **asdict(asked), device=device, repeats=repeats, profile=True)
     except Exception as error:  # the others are measured all the same
-        full = any(each is not None and is_out_of_memory(each) for each in (error, error.__cause__))
+        full = any(map(is_out_of_memory, chain(error)))
         if not full:
             traceback.print_exception(error)
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -111,6 +113,13 @@ def measure(model: Any, preset: str, asked: Configuration, device: str, repeats:
         torch._dynamo.reset()
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it: where memory runs out in a graph's capture, ending the capture fails as well."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def line(asked: Configuration, row: dict[str, Any]) -> str:

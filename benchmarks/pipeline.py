@@ -263,7 +263,7 @@ def evaluate_targets(run: Run) -> Done:
 
 def finish_times(folder: Path, since: float) -> list[float]:
     """When the images below a folder were written, of those written after `since`, in order."""
-    times = (path.stat().st_mtime for path in folder.rglob("*.png"))
+    times = (path.stat().st_ctime for path in folder.rglob("*.png"))  # their time of writing is their input's
     return sorted(written for written in times if written >= since)
 
 

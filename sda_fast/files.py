@@ -26,9 +26,9 @@ def write_bytes(content: bytes, path: str | os.PathLike[str], mtime_ns: int | No
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            if mtime_ns is not None:
-                os.utime(temporary, ns=(mtime_ns, mtime_ns))
             os.replace(temporary, path)
+            if mtime_ns is not None:  # not before: a temporary file that looks old is taken for abandoned
+                os.utime(path, ns=(mtime_ns, mtime_ns))
         except BaseException:  # Ctrl-C included
             temporary.unlink(missing_ok=True)
             raise

@@ -25,7 +25,10 @@ def profile_kernels(call: Callable[[], Any], device: str) -> list[dict[str, Any]
     found = [
         {"name": event.key, "calls": event.count, "seconds": _microseconds(event, gpu) / 1e6}
         for event in profiler.key_averages()
-        if (event.device_type == DeviceType.CUDA) == gpu and _microseconds(event, gpu) > 0
+        if (event.device_type == DeviceType.CUDA) == gpu
+        and _microseconds(event, gpu) > 0
+        # A compiled call is shown again as a whole, beside its kernels.
+        and not event.is_user_annotation
     ]
     found.sort(key=lambda kernel: -kernel["seconds"])
     kept, rest = found[:KERNELS], found[KERNELS:]

@@ -1,5 +1,6 @@
 """A step on an engine: parity against float32 first, then time, arithmetic, bytes and memory beside the original's."""
 
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -193,9 +194,14 @@ def _ledger(
     batch: int,
     **settings: Any,
 ) -> Ledger:
-    layout = _channels_last(engine, precision)
-    with fake_step(kind, config, precision, batch, **settings) as (step, example):
-        return count(step, example, channels_last=layout)
+    key = json.dumps([kind.__name__, config, _channels_last(engine, precision), precision, batch, settings])
+    if key not in _COUNTED:  # ten seconds and more for a large network, the same for many engines and options
+        with fake_step(kind, config, precision, batch, **settings) as (step, example):
+            _COUNTED[key] = count(step, example, channels_last=_channels_last(engine, precision))
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, Ledger] = {}
 
 
 def _channels_last(engine: str, precision: Precision) -> bool:

@@ -156,7 +156,7 @@ def adm_in(adm: ADM, precision: str) -> ADM:
 
 
 def dit_in(dit: DiT, precision: str) -> DiT:
-    """The DiT with its blocks in a precision; patches, conditioning and last layer stay in float32."""
+    """The DiT with its blocks' products in a precision; what they add to, conditioning, last layer stay in float32."""
     dtype = dtype_of(precision)
     if dtype != torch.float32:
         dit = copy.deepcopy(dit)

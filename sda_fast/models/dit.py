@@ -10,11 +10,12 @@ from sda_fast.models.embedding import timestep_embedding
 from sda_fast.ops import gate_residual, modulate
 
 
-def _modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) (1 + scale) + shift; x [N, T, C], shift and scale [N, C], in x's dtype."""
+def _modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """norm(x) (1 + scale) + shift; x [N, T, C], shift and scale [N, C]."""
     if x.is_cuda and not torch.is_grad_enabled():
-        return modulate(x.contiguous(), shift, scale, norm.eps)  # the first block's lie as the convolution left them
-    return (norm(x) * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+        x = x.contiguous()  # the first block's lie as the convolution left them
+        return modulate(x, shift, scale, norm.eps, dtype)
+    return (norm(x) * (1 + scale[:, None]) + shift[:, None]).to(dtype)
 
 
 def _gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
@@ -107,10 +108,12 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
-        # x [N, T, hidden], conditioning [N, 6 hidden] = adaLN_modulation(c)
+        # x [N, T, hidden], conditioning [N, 6 hidden] = adaLN_modulation(c). In half precision x, to which every block
+        # adds, stays in float32: rounded each time, its error would grow with the depth, to three times autocast's.
+        dtype = self.attn.qkv.weight.dtype
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = conditioning.chunk(6, dim=1)
-        x = _gate_residual(x, gate_a, self.attn(_modulate(self.norm1, x, shift_a, scale_a)))
-        return _gate_residual(x, gate_m, self.mlp(_modulate(self.norm2, x, shift_m, scale_m)))
+        x = _gate_residual(x, gate_a, self.attn(_modulate(self.norm1, x, shift_a, scale_a, dtype)))
+        return _gate_residual(x, gate_m, self.mlp(_modulate(self.norm2, x, shift_m, scale_m, dtype)))
 
 
 class FinalLayer(nn.Module):
@@ -123,7 +126,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         # x [N, T, hidden], conditioning [N, 2 hidden] = adaLN_modulation(c)
         shift, scale = conditioning.chunk(2, dim=1)
-        return self.linear(_modulate(self.norm_final, x, shift, scale))
+        return self.linear(_modulate(self.norm_final, x, shift, scale, self.linear.weight.dtype))
 
 
 class DiT(nn.Module):
@@ -187,14 +190,13 @@ class DiT(nn.Module):
 
     def denoise(self, x: Tensor, conditioning: Tensor) -> Tensor:
         """`forward` from `conditioning`, [N, K]."""
-        dtype = next((p.dtype for name, p in self.blocks.named_parameters() if name.endswith("qkv.weight")), x.dtype)
         *parts, last = conditioning.split(
             [layer.adaLN_modulation[1].out_features for layer in (*self.blocks, self.final_layer)], dim=1
         )
-        tokens = (self.x_embedder(x) + self.pos_embed).to(dtype)
+        tokens = self.x_embedder(x) + self.pos_embed
         for block, part in zip(self.blocks, parts, strict=True):
             tokens = block(tokens, part)
-        return self._unpatchify(self.final_layer(tokens.to(x.dtype), last))
+        return self._unpatchify(self.final_layer(tokens, last))
 
     def forward_with_cfg(self, x: Tensor, timesteps: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Classifier-free guidance on a doubled batch: x is [z; z], y is [labels; null labels].

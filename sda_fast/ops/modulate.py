@@ -20,24 +20,25 @@ VERSIONS = ("triton", "plain")
 MAX_CHANNELS = 8192  # a row is held in registers
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift per token, the norm over C and without affine, in x's dtype, contiguous.
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift per token, the norm over C and without affine, in `dtype`, contiguous.
 
     The adaLN of DiT (Peebles and Xie 2023, section 3.2), computed in float32 with the variance taken around
     the mean. Differentiable.
 
     x: [N, T, C] float32, bfloat16 or float16, C from 1 to 8192; each token contiguous, any other strides.
     shift, scale: [N, C] in one of these dtypes each; each row contiguous, so chunks of [N, 6 C] are fine.
+    dtype: one of these too, by default x's.
 
     Raises SdaError for a wrong shape, dtype, device or stride.
     """
-    return torch.ops.sda_fast.modulate(x, shift, scale, eps)
+    return torch.ops.sda_fast.modulate(x, shift, scale, eps, dtype)
 
 
 def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate y, computed in float32, in x's dtype, contiguous: the end of each half of a DiT block. Differentiable.
 
-    x, y: [N, T, C] float32, bfloat16 or float16, C from 1 to 8192; each token contiguous, any other strides.
+    x, y: [N, T, C] in float32, bfloat16 or float16 each, C from 1 to 8192; each token contiguous, any other strides.
     gate: [N, C] in one of these dtypes; each row contiguous, so a chunk of [N, 6 C] is fine.
 
     Raises SdaError for a wrong shape, dtype, device or stride.
@@ -46,22 +47,22 @@ def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("sda_fast::modulate", mutates_args=())
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    _check("modulate", x, {"shift": shift, "scale": scale})
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    _check("modulate", x, {"shift": shift, "scale": scale}, dtype=dtype)
     if select("modulate", x.device, VERSIONS) == "plain":
-        return plain.modulate(x, shift, scale, eps).contiguous()
+        return plain.modulate(x, shift, scale, eps, dtype).contiguous()
     from sda_fast.kernels import modulate as kernel
 
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     with on_device_of(x):
         kernel.modulate(out, _aligned(x), _aligned(shift), _aligned(scale), eps)
     return out
 
 
 @_modulate.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    _check("modulate", x, {"shift": shift, "scale": scale})
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    _check("modulate", x, {"shift": shift, "scale": scale}, dtype=dtype)
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 
 @torch.library.custom_op("sda_fast::gate_residual", mutates_args=())
@@ -86,12 +87,12 @@ def _(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 # The gradients are plain torch: they serve training, where no operator of ours is in a hurry.
 
 
-def _keep_modulate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
+def _keep_modulate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, torch.dtype | None], output: Tensor) -> None:
+    *tensors, ctx.eps, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _modulate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+def _modulate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
     x, shift, scale = ctx.saved_tensors
     wide, grad, wide_scale = plain.widen(x, grad, scale)
     variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
@@ -100,7 +101,7 @@ def _modulate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     inner = grad * (1 + wide_scale[:, None])
     along = (inner * normalised).mean(-1, keepdim=True)
     dx = rstd * (inner - inner.mean(-1, keepdim=True) - normalised * along)
-    return dx.to(x.dtype), grad.sum(1).to(shift.dtype), (grad * normalised).sum(1).to(scale.dtype), None
+    return dx.to(x.dtype), grad.sum(1).to(shift.dtype), (grad * normalised).sum(1).to(scale.dtype), None, None
 
 
 def _keep_gate_residual(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -118,7 +119,11 @@ _modulate.register_autograd(_modulate_backward, setup_context=_keep_modulate)
 _gate_residual.register_autograd(_gate_residual_backward, setup_context=_keep_gate_residual)
 
 
-def _check(op: str, x: Tensor, rows: dict[str, Tensor], y: Tensor | None = None) -> None:
+def _check(
+    op: str, x: Tensor, rows: dict[str, Tensor], y: Tensor | None = None, dtype: torch.dtype | None = None
+) -> None:
+    if dtype not in (None, *DTYPES):
+        raise SdaError(f"dtype is {dtype}; {op} gives {', '.join(map(str, DTYPES))}.")
     if x.dim() != 3 or not 1 <= x.shape[2] <= MAX_CHANNELS:
         raise SdaError(f"x has shape {tuple(x.shape)}; pass {op} tokens [N, T, C] with C from 1 to {MAX_CHANNELS}.")
     images, _, channels = x.shape

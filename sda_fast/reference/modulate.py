@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift; x [N, T, C], shift and scale [N, C]."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift in `dtype`, by default x's; x [N, T, C], shift and scale [N, C]."""
     wide, shift, scale = widen(x, shift, scale)
     normalised = F.layer_norm(wide, x.shape[-1:], eps=eps)
-    return (normalised * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+    return (normalised * (1 + scale[:, None]) + shift[:, None]).to(dtype or x.dtype)
 
 
 def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:

@@ -239,6 +239,24 @@ def test_a_dit_in_half_precision_errs_no_more_than_plain_autocast(original, prec
     assert 0 < relative(out, exact) <= 1.5 * plainly
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_deep_dit_in_half_precision_errs_no_more_than_plain_autocast(precision):
+    """As deep as DiT-XL/2: what is rounded once a block shows."""
+    torch.manual_seed(0)
+    dit = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=28, num_heads=4, num_classes=10)
+    for parameter in dit.eval().requires_grad_(False).parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    inputs = draw(2, 4, 8, 8), torch.tensor([500, 80]), torch.tensor([1, 2])
+    step = DiTStep(dit, precision=precision)
+    exact = dit(*inputs)
+    with torch.autocast("cpu", step.dit.blocks[0].attn.qkv.weight.dtype):
+        plainly = relative(dit(*inputs).float(), exact)
+    (out,) = eagerly(step, inputs[0], dit.conditioning(*inputs[1:]))
+    print(f"{precision}: depth 28 errs by {relative(out, exact):.1e}, autocast by {plainly:.1e}")
+    assert 0 < relative(out, exact) <= 1.5 * plainly
+
+
 @pytest.mark.parametrize("architecture", ["resnet", "convnext"])
 @GRAPHS
 def test_classifier_steps_are_the_classifier(tiny, architecture, run):
