@@ -55,10 +55,12 @@ def configurations(model: str, device: str, tiny: bool) -> list[Configuration]:
     every = [
         Configuration(*engine, precision, n) for precision in ("bf16", "fp16") for n in batches for engine in engines
     ]
-    others = [replace(every[0], options=options) for options in changed]
+    others = [replace(every[0], precision="fp16")]  # which the original takes
+    others += [replace(every[0], options=options) for options in changed]
     if model == "adm":
         others += [replace(every[0], phase_convolutions=True), replace(every[0], guided=False)]
-    return [*every[: len(engines)], *others, *every[len(engines) :]]
+    first = [*every[: len(engines)], *others]
+    return [*first, *(configuration for configuration in every if configuration not in first)]
 
 
 def main() -> None:
