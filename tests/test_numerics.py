@@ -183,7 +183,7 @@ def test_stages_compute_inside(monkeypatch, tiny, tmp_path, write_images):
         lambda: finetune(images, tmp_path / "finetuned", tiny.resnet),
     )
     method = SimpleNamespace(reset=lambda: None)
-    shown = torch.zeros(1, 3, 16, 16), None
+    shown = torch.zeros(1, 3, 16, 16), None, [None]
     enters(
         monkeypatch,
         "sda_fast.studies.scoring.plain_float32",

@@ -7,7 +7,7 @@ import torch
 
 from sda_fast.engines.classifier import EngineClassifier
 from sda_fast.errors import SdaError
-from sda_fast.methods import METHODS, create, method_class
+from sda_fast.methods import METHODS, create, create_from, method_class
 from sda_fast.models import load_classifier
 from sda_fast.stages import evaluate as stage
 from sda_fast.stages.evaluate import evaluate
@@ -58,11 +58,11 @@ def test_evaluate_runs_on_the_engine_and_adapts_the_module(tmp_path, tiny, write
 
     monkeypatch.setattr(stage, "EngineClassifier", Spy)
 
-    def spied(name, model, **given):
+    def spied(name, model, *given):
         made.append((name, type(model)))
-        return create(name, model, **given)
+        return create_from(name, model, *given)
 
-    monkeypatch.setattr(stage, "create", spied)
+    monkeypatch.setattr(stage, "create_from", spied)
     options = dict(methods=["source", "tent"], batch_size=4)
     plain = evaluate(images, tmp_path / "plain", tiny.resnet, **options)
     assert [kind.__name__ for _, kind in made] == ["Classifier", "Classifier"]
