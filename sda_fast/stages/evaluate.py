@@ -92,7 +92,7 @@ def evaluate(
     them, or change them, run the module in float32.
 
     An image that cannot be read, or whose projection is missing or cannot be read, counts for no method; it stands in
-    `<output>/failures.json`. Further projections are passed over. A later call tries again.
+    `<output>/failures.json`, as do projections without an original. A later call tries again.
 
     Each row holds method, model, corruption, severity, images, correct, accuracy and its 95 % interval, and
     `outcomes`: 1 or 0 per image in the order of the relative paths. Raises SdaError for folders that do not belong
