@@ -154,11 +154,12 @@ def evaluate(
         for group, members in by_condition(files).items():
             kept = _rows_file(out.folder, group)
             corruption, severity = describe(group, input)
-            if (earlier := _kept(kept, members, pairs)) is not None:
+            sources = sources_of(members, pairs.values())
+            if (earlier := _kept(kept, members, sources)) is not None:
                 rows += [{**row, "corruption": corruption, "severity": severity} for row in earlier]
                 reporter.skip(len(members))
                 continue
-            made_of = sources_of(members, pairs.values()).now
+            made_of = sources.now
             usable = [file for file in members if file.name not in failures]
             for method in created:
                 method.reset()
@@ -185,15 +186,19 @@ def evaluate(
 def images_kept(output: Path, files: Sequence[ImageFile], pairs: Pairs) -> int:
     """For how many of the images an earlier run into `output` kept rows that a further one takes."""
     groups = by_condition(files)
-    kept = (group for group, members in groups.items() if _kept(_rows_file(output, group), members, pairs) is not None)
-    return sum(len(groups[group]) for group in kept)
+
+    def is_kept(group: str) -> bool:
+        sources = sources_of(groups[group], pairs.values())
+        return _kept(_rows_file(output, group), groups[group], sources) is not None
+
+    return sum(len(groups[group]) for group in groups if is_kept(group))
 
 
 def _rows_file(output: Path, group: str) -> Path:
     return output / "rows" / f"{group or 'all'}.json"
 
 
-def _kept(path: Path, files: Sequence[ImageFile], pairs: Pairs) -> list[dict[str, Any]] | None:
+def _kept(path: Path, files: Sequence[ImageFile], sources: Sources) -> list[dict[str, Any]] | None:
     """The rows an earlier run kept of these very images, as they are now."""
     try:
         kept = json.loads(path.read_text())
@@ -202,7 +207,7 @@ def _kept(path: Path, files: Sequence[ImageFile], pairs: Pairs) -> list[dict[str
     if not isinstance(kept, dict) or "rows" not in kept or kept.get("images") != [file.name for file in files]:
         return None
     mtime_ns = kept.get("mtime_ns", os.stat(path).st_mtime_ns)
-    return kept["rows"] if sources_of(files, pairs.values()).made(mtime_ns, lambda: kept.get("sha256")) else None
+    return kept["rows"] if sources.made(mtime_ns, lambda: kept.get("sha256")) else None
 
 
 def sources_of(files: Sequence[ImageFile], projections: Iterable[Mapping[str, ImageFile]]) -> Sources:
