@@ -167,8 +167,10 @@ def _plan_evaluate(stage: Stage, config: RunConfig, rates: Rates, images: int) -
             each += (cost.diffusion + BACKWARD * cost.diffusion_backward) * _step_flops(network, guided=False)
     folders = stage.arguments["projections"]
     made = [kind for kind in projections_of(stage.arguments["methods"]) if (folders[kind] / MANIFEST).exists()]
-    pairs = {kind: {file.key: file for file in find_images(folders[kind])[0]} for kind in made}
-    done = images_kept(out.folder, find_images(config.target)[0], pairs)
+    files = find_images(config.target)[0]
+    # A projection that is missing will be made before, with its image's time: the image stands for it.
+    pairs = {kind: {file.key: file for file in [*files, *find_images(folders[kind])[0]]} for kind in made}
+    done = images_kept(out.folder, files, pairs)
     left = images - done
     reads = ", ".join(str(folder) for folder in (config.target, *stage.arguments["projections"].values()))
     size = 2 * left * len(stage.arguments["methods"])  # an outcome is one character, in two files

@@ -11,6 +11,8 @@ from sda_fast.data import Source, source_of
 from sda_fast.errors import SdaError
 from sda_fast.stages.manifest import Output, file_sha256
 
+_SECOND = 10**9  # in nanoseconds
+
 
 class Sources:
     """The files that something is made of, as they are when first asked; `threads` read them."""
@@ -20,11 +22,16 @@ class Sources:
 
     @cached_property
     def mtime_ns(self) -> int:
-        """When the last of them was written, in nanoseconds; -1 if one is not there."""
+        """When the file was written, in nanoseconds; of several, the second of the last one and, in place of its
+        fraction, a hash of all their times, so that an older file in the place of one shows. -1 if one is not there."""
         try:
-            return max((os.stat(path).st_mtime_ns for path in self.paths), default=-1)
+            times = [os.stat(path).st_mtime_ns for path in self.paths]
         except OSError:
             return -1
+        if len(times) < 2:
+            return times[0] if times else -1
+        fraction = int.from_bytes(hashlib.sha256(repr(times).encode()).digest()[:8], "big") % _SECOND
+        return max(times) // _SECOND * _SECOND + fraction
 
     @cached_property
     def sha256(self) -> str:

@@ -98,6 +98,29 @@ def test_a_changed_image_with_an_old_time_is_noticed(tmp_path, images, tiny):
     assert align(images, tmp_path / "out", tiny.adm, SETTINGS)["projected"] == 1
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, BATCH], ids=["image", "batch"])
+def test_an_older_image_in_the_place_of_one_is_noticed(tmp_path, images, tiny, settings):
+    """The last of a group's times stays what it was."""
+    for i, name in enumerate(NAMES):
+        os.utime(images / name, (10**9 + i, 10**9 + i))
+    align(images, tmp_path / "out", tiny.adm, settings)
+    turn(images / "fog/3/a/1.png")
+    os.utime(images / "fog/3/a/1.png", (10**9 - 5, 10**9 - 5))
+    made = 2 if settings is BATCH else 1
+    assert align(images, tmp_path / "out", tiny.adm, settings)["projected"] == made
+
+
+def test_rows_notice_an_older_image_in_the_place_of_one(tmp_path, tiny, write_images):
+    target = write_images(tmp_path / "target", [f"fog/3/{name}/1.png" for name in ("ant", "bee", "cow")])
+    rows = tmp_path / "out" / "rows" / "fog" / "3.json"
+    evaluate(target, tmp_path / "out", tiny.resnet)
+    before = rows.stat().st_mtime_ns
+    turn(target / "fog/3/ant/1.png")
+    os.utime(target / "fog/3/ant/1.png", (0, 0))
+    evaluate(target, tmp_path / "out", tiny.resnet)
+    assert rows.stat().st_mtime_ns != before
+
+
 def test_an_image_that_changes_while_it_is_projected_is_noticed(tmp_path, images, tiny, monkeypatch):
     quantised = stage.to_uint8
 
